@@ -1,0 +1,1 @@
+"""Evaluation: numbers in, statistics out: windows, perplexity, comparisons of two models, tasks."""

@@ -1,0 +1,76 @@
+"""Which implementation an op runs: chosen by argument, never by environment, never in silence.
+
+"auto" takes a Triton kernel where there is one for the op and dtype and the tensors are on a CUDA device, and
+torch everywhere else; which of the two that is depends on nothing but op, dtype, device and whether Triton is
+installed. "torch" and "triton" are orders: what cannot be obeyed raises.
+"""
+
+import functools
+import importlib.util
+
+import torch
+
+from quantkit_kernels.errors import KernelError
+
+BACKENDS = ("auto", "torch", "triton")
+
+TRITON_KERNELS: dict[str, frozenset[torch.dtype]] = {
+    "scaled_mm": frozenset({torch.int8}),
+    "linear_dynamic": frozenset({torch.int8}),
+}
+"""For each op the quantized dtypes that a Triton kernel exists for. linear_dynamic uses scaled_mm's."""
+
+CPU_PATHS = frozenset({"scaled_mm", "linear_dynamic"})
+"""Ops with an implementation of their own for the CPU; the others run the generic torch one there."""
+
+
+def select_backend(op: str, dtype: torch.dtype, device: torch.device, backend: str) -> str:
+    """Return "triton", "torch" (the generic implementation) or "cpu" (torch, made for the CPU).
+
+    Args:
+        op: name of the op, such as "scaled_mm".
+        dtype: dtype of the quantized weight: torch.int8, an fp8 dtype, or torch.int32 where it is packed.
+        device: device of the tensors.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        KernelError: for another backend, or when "triton" cannot run; the message says why.
+    """
+    if backend not in BACKENDS:
+        raise KernelError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
+    has_kernel = dtype in TRITON_KERNELS.get(op, ())
+    if backend == "triton":
+        _require_triton(op, dtype, device, has_kernel)
+        return "triton"
+    if backend == "auto" and has_kernel and device.type == "cuda" and triton_installed():
+        return "triton"
+    return "cpu" if device.type == "cpu" and op in CPU_PATHS else "torch"
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Return whether Triton can be imported, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _require_triton(op: str, dtype: torch.dtype, device: torch.device, has_kernel: bool) -> None:
+    """Raise KernelError, with the reason, unless a Triton kernel can run here."""
+    if not has_kernel:
+        raise KernelError(f"backend 'triton' has no kernel for {op} with {dtype} yet: use backend 'auto' or 'torch'")
+    if not triton_installed():
+        raise KernelError(
+            f"backend 'triton' cannot run {op}: Triton is not installed (it exists on Linux only): "
+            "use backend 'auto' or 'torch'"
+        )
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
+        raise KernelError(
+            f"backend 'triton' cannot run {op} on device {device}: expected tensors on a CUDA device "
+            "(on the CPU Triton runs only in its interpreter): use backend 'auto' or 'torch'"
+        )
+
+
+def _interpreting() -> bool:
+    """Return whether Triton runs kernels in its interpreter, on CPU tensors."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

@@ -1,0 +1,72 @@
+"""The ops in plain torch for any device: what runs where no faster way is registered.
+
+`reference.py` is the slow float64 oracle of the tests; this module is the implementation that users get on a
+device without one of its own, and the home of what the fast ways share: the integer product that is exact
+everywhere and the one epilogue. M tokens, K in features, N out features.
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels import formats
+
+EXACT_CHUNK = 1024
+"""Products of int8 codes are at most 2**14 in size: a float32 sum of 2**10 of them is at most 2**24, exact."""
+
+
+INT8_MAX_K = (2**31 - 1) // 2**14
+"""Longest row whose int8 product cannot overflow int32, whatever the codes: 131071."""
+
+
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """Return the exact product a @ b.T, [M, N] in int32, of a [M, K] and b [N, K] in int8.
+
+    Float32 products of EXACT_CHUNK columns at a time, added up in int32; exact for K up to INT8_MAX_K.
+    """
+    total = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[1], EXACT_CHUNK):
+        part = slice(start, start + EXACT_CHUNK)
+        total += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+    return total
+
+
+def epilogue(acc: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """Return ((float32(acc) * a_scale) * b_scale + bias) in `out_dtype`: the order that every backend keeps.
+
+    Four roundings: relative error <= 4 * 2**-24 of |acc * a_scale * b_scale| + |bias|, then one to
+    `out_dtype`.
+
+    Args:
+        acc: [M, N], int32 or float32.
+        a_scale: [M, 1], float32.
+        b_scale: [N, 1], float.
+        bias: [N], float, or None.
+        out_dtype: dtype of the result.
+    """
+    out = acc.to(torch.float32) * a_scale.to(torch.float32)
+    out *= b_scale.to(torch.float32).view(1, -1)
+    if bias is not None:
+        out += bias.to(torch.float32)
+    return out.to(out_dtype)
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Return the scaled product [M, N]: integers exactly, fp8 decoded to float32 and multiplied there."""
+    acc = int_mm(a, b) if a.dtype == torch.int8 else a.float() @ b.float().t()
+    return epilogue(acc, a_scale, b_scale, bias, out_dtype)
+
+
+def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x @ W.T + bias, [..., N] in x's dtype, where W is the decoded weight cast to x's dtype."""
+    decoded = formats.dequantize(weight, weight_scale).to(x.dtype)
+    return torch.nn.functional.linear(x, decoded, None if bias is None else bias.to(x.dtype))
+
+
+def linear_weight_only_packed(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
+    """Return `linear_weight_only` of the unpacked weight, [..., N] in x's dtype."""
+    weight = formats.unpack_int32(weight_packed, bits, x.shape[-1])
+    return linear_weight_only(x, weight, weight_scale, bias)

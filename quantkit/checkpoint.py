@@ -1,0 +1,313 @@
+"""Hugging Face models, tensor by tensor: where they lie, what they are made of, which file key makes which parameter.
+
+Together with `loading` and `hf` this is the only home of transformers, so that its churn has few addresses. The names
+in `names_of` come from transformers' own conversion of checkpoints (`core_model_loading`), which is private: the ranges
+in pyproject.toml say which releases were tried.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from quantkit.errors import CheckpointError
+from quantkit.shards import PICKLES, ShardReader, TensorInfo
+
+WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.h5", "*.msgpack", "*.onnx", "*.gguf", *PICKLES)
+NOT_COPIED = ("config.json", "README.md", "quantkit_*.json", ".*", *WEIGHT_FILES)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How to find a model on the hub, with huggingface_hub's words."""
+
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def download(self) -> dict[str, Any]:
+        """The keyword arguments that huggingface_hub takes."""
+        return {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
+
+
+class Tensors(Protocol):
+    """A model's weights by checkpoint name, whether in files or in memory."""
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Name to shape and dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor."""
+
+
+@dataclass
+class Source:
+    """A model to be compressed: its config, its skeleton on the meta device, and its weights, not yet read.
+
+    Attributes:
+        name: what the user called it.
+        folder: where its files lie, or None for a model in memory.
+        config: config.json as it stands.
+        skeleton: the model without weights.
+        weights: the weights by checkpoint name.
+    """
+
+    name: str
+    folder: Path | None
+    config: dict[str, Any]
+    skeleton: nn.Module
+    weights: Tensors
+    tokenizer: Any = None
+    generation_config: dict[str, Any] | None = None
+    files: list[Path] = field(default_factory=list)
+
+
+def resolve(model: str | Path, hub: Hub) -> Path:
+    """The folder of a model: itself, or a hub id's snapshot in the cache (weights other than safetensors left out).
+
+    Raises:
+        CheckpointError: neither a folder nor a hub id that can be had.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    text = str(model)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        kind = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{text} {kind}; give a folder with config.json and weights, or a hub id like org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        skip = [pattern for pattern in WEIGHT_FILES if pattern not in ("*.safetensors", "*.index.json")]
+        return Path(snapshot_download(text, ignore_patterns=[*skip, "*/*"], **hub.download))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{text} is no folder, and the hub does not give it: {reason}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        CheckpointError: it is missing or isn't a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); mend or download it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object; mend or download it again")
+    return config
+
+
+def open_folder(model: str | Path, hub: Hub) -> Source:
+    """The source of a folder or hub id.
+
+    Raises:
+        CheckpointError: no config, not a causal language model, compressed already, or shards missing or damaged.
+    """
+    folder = resolve(model, hub)
+    config = read_config(folder)
+    refuse_unfit(config, str(model), hub)
+    weights = ShardReader(folder)
+    skeleton = build_skeleton(folder, hub)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not _matches(path.name, NOT_COPIED)]
+    return Source(str(model), folder, config, skeleton, weights, files=files)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(Path(name).match(pattern) for pattern in patterns)
+
+
+def refuse_unfit(config: dict[str, Any], name: str, hub: Hub) -> None:
+    """Return nothing; raise CheckpointError for a model that is compressed already or isn't a causal one."""
+    if config.get("quantization_config") or config.get("compression_config"):
+        method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{name} is compressed already (quant_method {method!r}); give the float model that it was made from"
+        )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = config.get("architectures") or []
+    remote = "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    if remote and not hub.trust_remote_code and config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise CheckpointError(
+            f"{name} runs code of its own; pass --trust-remote-code if you have read and trust what is in its folder"
+        )
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not remote and architectures and not causal.intersection(architectures):
+        raise CheckpointError(
+            f"{name} holds {architectures[0]}, which is not a causal language model; give one that generates text "
+            "(architectures ending in ForCausalLM)"
+        )
+
+
+def build_skeleton(folder: Path, hub: Hub) -> nn.Module:
+    """The model of a folder on the meta device: parameters without storage, buffers real.
+
+    Raises:
+        CheckpointError: transformers can't build it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=hub.trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"transformers cannot build the model of {folder}: {reason}") from error
+    model.tie_weights()
+    skeleton: nn.Module = model
+    return skeleton
+
+
+class MemoryTensors:
+    """The weights of a model in memory, under the names that its checkpoint would have, ties written once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        state = model.state_dict()
+        for tied, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+            if tied in state and source in state and state[tied].data_ptr() == state[source].data_ptr():
+                del state[tied]
+        self._state: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+        memory = Path("(memory)")
+        self.tensors = {key: TensorInfo(memory, tuple(t.shape), t.dtype) for key, t in self._state.items()}
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        return self._state[name].detach().cpu()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_model(model: nn.Module, tokenizer: Any = None) -> Source:
+    """The source of a model in memory, which is only read.
+
+    Raises:
+        CheckpointError: it isn't a transformers model, or is quantized already.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise CheckpointError(f"{type(model).__name__} is no transformers PreTrainedModel; give one, or a folder")
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config["architectures"] = [type(model).__name__]
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    refuse_unfit(config, name, Hub(trust_remote_code=True))
+    generation = model.generation_config.to_dict() if model.can_generate() else None
+    return Source(name, None, config, model, MemoryTensors(model), tokenizer, generation)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, int]:
+    """The name of the list of decoder blocks and its length: the outermost ModuleList that holds most parameters.
+
+    Raises:
+        CheckpointError: there is no such list.
+    """
+    lists: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = sum(parameter.numel() for parameter in module.parameters())
+    if not lists or not max(lists.values()):
+        raise CheckpointError(f"{type(model).__name__} has no list of layers to go through block by block")
+    name = max(lists, key=lambda key: lists[key])
+    return name, len(model.get_submodule(name))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint key becomes in the model.
+
+    Attributes:
+        parameter: the parameter or buffer that it makes, or None when the model doesn't use it.
+        converted: whether values are changed or merged on the way (then the key alone doesn't make the parameter).
+    """
+
+    parameter: str | None
+    converted: bool
+
+
+def names_of(source: Source) -> dict[str, Origin]:
+    """What every checkpoint key becomes in the model, planned without reading a weight."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = source.skeleton
+    mapping = get_model_conversion_mapping(model) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = {**model.state_dict(), **dict(model.named_buffers())}
+    prefix = model.base_model_prefix
+    found = {}
+    for key in source.weights.tensors:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        found[key] = Origin(name if name in state else None, pattern is not None)
+    return found
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Every parameter that shares its storage with an earlier one, to that one's name."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name:
+            tied[name] = other
+    return tied
+
+
+def output_head(model: nn.Module) -> str | None:
+    """The name of the layer that makes the logits, or None."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every plain linear layer by name (a subclass counts when its forward pass is nn.Linear's)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            yield name, module
+
+
+def load_tokenizer(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The tokenizer of a folder or hub id, or None when it has none."""
+    from transformers import AutoTokenizer
+
+    folder = resolve(model, Hub(revision, token, cache_dir, trust_remote_code))
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")) and not any(folder.glob("*.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error

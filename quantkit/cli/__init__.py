@@ -1,0 +1,46 @@
+"""The command line: one command a file. Nothing here imports torch; the commands do, inside their functions."""
+
+import logging
+import sys
+from typing import Any
+
+import click
+from quantkit_kernels.errors import KernelError
+
+from quantkit.cli import demo, evaluate, generate, inspect, methods, quantize
+from quantkit.errors import QuantkitError
+from quantkit.version import __version__
+
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """A group that turns a user's mistake into one sentence and exit 1, and Ctrl-C into exit 130."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of use."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        logging.basicConfig(stream=sys.stderr, format="quantkit: %(message)s", level=logging.WARNING)
+        try:
+            return super().invoke(ctx)
+        except (QuantkitError, KernelError) as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except KeyboardInterrupt:
+            click.echo("quantkit: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="quantkit")
+def main() -> None:
+    """Compress any Hugging Face causal language model, show what it cost, and run the result.
+
+    Results go to stdout, progress to stderr. A mistake is one sentence and exit code 1.
+    """
+
+
+for module in (quantize, evaluate, inspect, generate, methods, demo):
+    main.add_command(module.command)

@@ -1,0 +1,48 @@
+"""`quantkit generate`: a quick look at what a model says."""
+
+import click
+
+from quantkit.cli.options import backend_option, device_option, hub_options, quiet_transformers
+
+
+@click.command("generate")
+@click.argument("checkpoint", metavar="OUT")
+@click.option("--prompt", required=True, help="The text to go on from.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 takes the likeliest."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@backend_option
+@device_option
+@hub_options
+def command(
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    backend: str,
+    device: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Print what OUT (a folder or hub id, compressed or not) says after a prompt."""
+    from quantkit.checkpoint import Hub
+    from quantkit.generation import complete
+
+    quiet_transformers()
+    hub = Hub(revision, token, cache_dir, trust_remote_code)
+    text = complete(
+        checkpoint,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        backend=backend,
+        hub=hub,
+    )
+    click.echo(text)

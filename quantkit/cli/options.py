@@ -1,0 +1,48 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_HUB = (
+    click.option("--revision", metavar="REVISION", help="The model's branch, tag or commit on the hub."),
+    click.option("--token", metavar="TOKEN", help="Access token for the hub."),
+    click.option("--cache-dir", metavar="DIR", help="The hub's cache."),
+    click.option("--trust-remote-code", is_flag=True, help="Let the model's folder run its own Python code."),
+)
+
+
+def hub_options(function: F) -> F:
+    """The function with the options that say how to find a model on the hub."""
+    for option in reversed(_HUB):
+        function = option(function)
+    return function
+
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
+)
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", "triton", "torch"]),
+    default="auto",
+    show_default=True,
+    help="What compressed layers run on.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+data_dir_option = click.option("--data-dir", metavar="DIR", help="Where known data sets lie, as DIR/NAME/.")
+SPEC_HELP = (
+    "A .txt, .jsonl, .json or .parquet file (FILE:field for a field other than text or messages), a save_to_disk "
+    "folder, a known name (wikitext2, c4, ptb, lambada, demo), or a hub data set as org/name[:config[:split]]."
+)
+
+
+def quiet_transformers() -> None:
+    """Turn off transformers' own progress bars; ours say what matters."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

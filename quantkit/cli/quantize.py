@@ -1,0 +1,57 @@
+"""`quantkit quantize`: from a float model to a compressed checkpoint."""
+
+from typing import Any
+
+import click
+
+from quantkit.cli.options import SPEC_HELP, data_dir_option, device_option, hub_options, json_option, quiet_transformers
+
+
+@click.command("quantize")
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Where to write; must not exist, or be empty.")
+@click.option(
+    "-m", "--step", "steps", multiple=True, metavar="STEP", help="name[:key=value[,key=value...]]; repeatable."
+)
+@click.option("--recipe", metavar="NAME|FILE", help="A recipe that comes with quantkit, or a .toml or .json file.")
+@click.option("--dataset", metavar="SPEC", help="What to calibrate on. " + SPEC_HELP)
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to calibrate on.")
+@click.option("--seq-len", type=int, metavar="N", help="Tokens of a window. [default: 2048, or the model's context]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these modules; repeatable.")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these modules in float; repeatable.")
+@click.option(
+    "--format",
+    type=click.Choice(["auto", "compressed-tensors", "quantkit"]),
+    default="auto",
+    show_default=True,
+    help="How it lies on disk.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file to write.")
+@data_dir_option
+@device_option
+@click.option("--eval-dataset", metavar="SPEC", help="Evaluate the result against the float model on this data set.")
+@hub_options
+@json_option
+def command(model: str, as_json: bool, **options: Any) -> None:
+    """Compress MODEL and write it to OUT.
+
+    MODEL is a folder or a hub id. The work goes block by block, one tensor in memory at a time; what was written is
+    read back from disk and verified, and OUT appears only when all of it is right. PATTERN matches module names: a
+    glob on the whole name, or a regex after re:. The layer that makes the logits stays float unless included.
+
+    \b
+    quantkit quantize path/of/model -o OUT -m w8a8
+    quantkit quantize org/name -o OUT -m int8:group=128,weight_range=mse --ignore '*.down_proj'
+    """
+    from quantkit.pipeline import quantize
+
+    quiet_transformers()
+    report = quantize(model, **options)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        click.echo(report.to_text())
+        click.echo(f"written to {options['output']}; load it with quantkit.load({options['output']!r})")

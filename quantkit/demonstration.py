@@ -1,0 +1,67 @@
+"""demonstrate(): every recipe on the bundled model, compressed, evaluated and tabulated."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import load_tokenizer
+from quantkit.demo import model_path
+from quantkit.evaluation import evaluate
+from quantkit.loading import load
+from quantkit.pipeline import quantize
+from quantkit.progress import track
+from quantkit.recipe import recipe_names
+from quantkit.texts import read
+
+
+def demonstrate(
+    output: str | Path | None = None, *, max_tokens: int = 32768, device: str = "auto"
+) -> list[dict[str, Any]]:
+    """One row a recipe, the float model's first; the checkpoints stay in `output` if it is given.
+
+    Raises:
+        QuantkitError: `output` holds something already, or this Python carries no documentation to evaluate on.
+    """
+    texts = read("demo")
+    baseline, tokenizer = load(model_path(), device=device), load_tokenizer(model_path())
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(output or temporary)
+        names = recipe_names()
+        for name in track(names, "recipes", len(names), "recipe"):
+            report = quantize(model_path(), folder / name, recipe=name, device=device, progress=False)
+            result = evaluate(
+                folder / name,
+                texts,
+                baseline=baseline,
+                tokenizer=tokenizer,
+                max_tokens=max_tokens,
+                device=device,
+                progress=False,
+            )
+            if not rows:
+                rows.append(_float_row(result, report.bytes_before))
+            rows.append(
+                {
+                    "recipe": name,
+                    "bits_per_weight": report.bits_per_weight,
+                    "bytes": report.bytes_after,
+                    "perplexity": result["perplexity"],
+                    "perplexity_stderr": result["perplexity_stderr"],
+                    "kl_mean": result["kl_mean"],
+                    "top1_agreement": result["top1_agreement"],
+                    "quantize_seconds": report.seconds,
+                    "eval_seconds": result["seconds"],
+                }
+            )
+    return rows
+
+
+def _float_row(result: dict[str, Any], nbytes: int) -> dict[str, Any]:
+    return {
+        "recipe": "float",
+        "bits_per_weight": 16.0,
+        "bytes": nbytes,
+        "perplexity": result["baseline_perplexity"],
+        "perplexity_stderr": result["baseline_perplexity_stderr"],
+    }

@@ -1,0 +1,484 @@
+"""evaluate(): what a model's predictions are worth, and what they lost against a baseline.
+
+Model and baseline read the same tokens batch by batch, side by side: logits are compared and forgotten, so the text
+may be as long as it likes. The protocol is that of the papers: the text as one stream of tokens, windows that don't
+overlap, every token of a window but the first predicted from those before it.
+"""
+
+import inspect
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantkit_eval.compare import Comparison
+from quantkit_eval.data import windows
+from quantkit_eval.perplexity import Perplexity, bits_per_byte, token_nll, window_nll
+from quantkit_eval.tasks import LastWord, Passage, continuation_rows, encode_passage, padded
+
+from quantkit.checkpoint import Hub, load_tokenizer, resolve
+from quantkit.devices import pick_device
+from quantkit.errors import CheckpointError, DataError, QuantkitError
+from quantkit.memory import peak_memory_bytes
+from quantkit.progress import track
+from quantkit.texts import Texts, Tokens, encode, read, tokenize
+
+# A transformers model: transformers itself is imported where checkpoints are read and nowhere else.
+Model = Any
+
+DEFAULT_SEQ_LEN = 2048
+# Windows or passages of a batch, unless batch_size says otherwise, hold this many tokens (one window at least).
+DEFAULT_BATCH_TOKENS = 2048
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The models of one evaluation, ready to run, and what the user called them."""
+
+    model: Model
+    name: str
+    baseline: Model | None
+    baseline_name: str
+
+
+def evaluate(
+    model: str | Path | Model,
+    dataset: str | Path | Texts,
+    baseline: str | Path | Model | None = None,
+    *,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    tasks: Sequence[str] | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    batch_size: int | None = None,
+    data_dir: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The numbers that `quantkit eval --json` prints, by name.
+
+    Args:
+        model: a folder, a hub id, or a transformers model in memory (which stays on its device).
+        dataset: a SPEC, or texts that were read already.
+        baseline: the float model to compare with, given like `model`.
+        seq_len: tokens of a window; by default the smaller of 2048 and the models' context.
+        max_tokens: read only so many tokens from the start.
+        tasks: refused in this version.
+        backend: auto, triton or torch: what compressed layers run on.
+        device: auto, cpu, cuda or cuda:N.
+        batch_size: windows (or passages) that go through the model at once; by default some 2048 tokens of them.
+        data_dir: where known data sets lie, as DIR/<name>/.
+        revision: the model's branch, tag or commit on the hub (the baseline's is its default branch).
+        token: access token for the hub.
+        cache_dir: the hub's cache.
+        trust_remote_code: let a model's folder run its own Python code.
+        tokenizer: used instead of the model's.
+        progress: say on stderr how far it is.
+
+    `tokens` counts predictions: seq_len - 1 a window, or a passage's continuation. Raises QuantkitError's children, one
+    sentence each, for what can't be evaluated: see the tests for the list.
+    """
+    started = time.monotonic()
+    _check_arguments(seq_len, max_tokens, batch_size, tasks)
+    hub = Hub(revision, token, cache_dir, trust_remote_code)
+    texts = (
+        dataset if isinstance(dataset, Texts) else read(dataset, data_dir=data_dir, token=token, cache_dir=cache_dir)
+    )
+    _refuse_calibration_data(model, hub, texts)
+    if tokenizer is None and texts.kind != "tokens":
+        tokenizer = _tokenizer(model, baseline, hub, texts)
+    tokens = tokenize(texts, tokenizer) if texts.kind != "passages" else None
+    with _loaded(model, baseline, hub, device, backend) as pair:
+        length = _window_length(pair, seq_len)
+        with torch.inference_mode(), _memory_errors(batch_size, length):
+            if tokens is None:
+                measured = _last_word(pair, texts, tokenizer, length, max_tokens, batch_size, progress)
+            else:
+                measured = _perplexity(pair, tokens, texts.name, length, max_tokens, batch_size, progress)
+        used = _backend_in_use(pair.model, backend)
+    head = {"model": pair.name, "dataset": texts.name}
+    cost = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes(), "backend": used}
+    common = ("protocol", "tokens", "perplexity", "perplexity_stderr", "bits_per_byte")
+    result = head | {key: measured.pop(key) for key in common} | cost | measured
+    for key, value in result.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(
+                f"{key} of {pair.name} on {texts.name} is {value}: the model's predictions are beyond all measure, "
+                "compress it more gently or check its weights"
+            )
+    return result
+
+
+# The two protocols
+
+
+def _perplexity(
+    pair: _Pair,
+    tokens: Tokens,
+    name: str,
+    seq_len: int,
+    max_tokens: int | None,
+    batch_size: int | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Perplexity over windows, with what a comparison adds."""
+    cut = _windows(tokens.ids, name, seq_len, max_tokens)
+    _check_vocabulary(pair.model, pair.name, int(cut.max()))
+    ours, theirs, comparison = Perplexity(), Perplexity(), Comparison()
+    batches = torch.split(cut, batch_size or max(1, DEFAULT_BATCH_TOKENS // seq_len))
+    for batch in track(batches, "perplexity", len(batches), "batch", disable=not progress):
+        logits = _logits(pair.model, batch)
+        ours.update(_finite(window_nll(logits, batch), pair.name))
+        if pair.baseline is not None:
+            base = _logits(pair.baseline, batch)
+            theirs.update(_finite(window_nll(base, batch), pair.baseline_name))
+            for base_tv, logits_tv, window in zip(base, logits, batch, strict=True):
+                comparison.update(base_tv[:-1], logits_tv[:-1], window[1:])
+    result = ours.result()
+    bits = None
+    if tokens.utf8_bytes is not None:
+        bits = bits_per_byte(result.mean_nll, tokens.ids.numel(), tokens.utf8_bytes)
+    measured: dict[str, Any] = {
+        "protocol": f"{len(cut)} windows of {seq_len} tokens that don't overlap",
+        "tokens": result.tokens,
+        "perplexity": result.perplexity,
+        "perplexity_stderr": result.stderr,
+        "bits_per_byte": bits,
+    }
+    if pair.baseline is not None:
+        base_result = theirs.result()
+        measured |= {
+            "baseline_perplexity": base_result.perplexity,
+            "baseline_perplexity_stderr": base_result.stderr,
+            **_compared(comparison),
+        }
+    return measured
+
+
+def _last_word(
+    pair: _Pair,
+    texts: Texts,
+    tokenizer: Any,
+    context: int,
+    max_tokens: int | None,
+    batch_size: int | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Last-word accuracy over passages, with what a comparison adds (over the continuations' tokens)."""
+    passages = _passages(texts, tokenizer, context, max_tokens)
+    _check_vocabulary(pair.model, pair.name, max(max(p.tokens) for p in passages))
+    # Longest first: little padding, and too large a batch fails at once.
+    passages.sort(key=lambda p: len(p.tokens), reverse=True)
+    size = batch_size or max(1, DEFAULT_BATCH_TOKENS // len(passages[0].tokens))
+    batches = [passages[start : start + size] for start in range(0, len(passages), size)]
+    ours, theirs, comparison = LastWord(), LastWord(), Comparison()
+    for batch in track(batches, "last word", len(batches), "batch", disable=not progress):
+        input_ids, mask = padded(batch)
+        logits = _logits(pair.model, input_ids, mask)
+        _add_passages(ours, logits, batch, pair.name)
+        if pair.baseline is not None:
+            base = _logits(pair.baseline, input_ids, mask)
+            _add_passages(theirs, base, batch, pair.baseline_name)
+            for row, passage in enumerate(batch):
+                base_nv, targets = continuation_rows(base[row], passage)
+                comparison.update(base_nv, continuation_rows(logits[row], passage)[0], targets)
+    result = ours.result()
+    measured: dict[str, Any] = {
+        "protocol": "last-word",
+        "tokens": result.tokens,
+        "perplexity": result.perplexity,
+        "perplexity_stderr": result.perplexity_stderr,
+        "bits_per_byte": None,
+        "accuracy": result.accuracy,
+        "accuracy_stderr": result.accuracy_stderr,
+        "passages": result.passages,
+        "truncated_passages": sum(p.truncated for p in passages),
+    }
+    if pair.baseline is not None:
+        base_result = theirs.result()
+        measured |= {
+            "baseline_accuracy": base_result.accuracy,
+            "baseline_accuracy_stderr": base_result.accuracy_stderr,
+            "baseline_perplexity": base_result.perplexity,
+            "baseline_perplexity_stderr": base_result.perplexity_stderr,
+            **_compared(comparison),
+        }
+    return measured
+
+
+def _add_passages(statistics: LastWord, logits: torch.Tensor, batch: list[Passage], name: str) -> None:
+    for logits_tv, passage in zip(logits, batch, strict=True):
+        logits_nv, targets = continuation_rows(logits_tv, passage)
+        nll = _finite(token_nll(logits_nv, targets), name)
+        statistics.update(nll, (logits_nv.argmax(-1) == targets).cpu())
+
+
+def _compared(comparison: Comparison) -> dict[str, Any]:
+    compared = comparison.result()
+    return {
+        "kl_mean": compared.kl_mean,
+        "kl_p99": compared.kl_p99,
+        "top1_agreement": compared.top1_agreement,
+        "delta_p_rms": compared.delta_p_rms,
+    }
+
+
+def _windows(ids: torch.Tensor, name: str, seq_len: int, max_tokens: int | None) -> torch.Tensor:
+    """[W, seq_len]; too little text is the user's mistake."""
+    if max_tokens is not None and max_tokens < seq_len:
+        raise DataError(
+            f"max_tokens is {max_tokens}, less than one window of seq_len {seq_len}: raise it or choose a smaller "
+            "seq_len"
+        )
+    if ids.numel() < seq_len:
+        raise DataError(
+            f"{name} has {ids.numel():,} tokens, less than one window of seq_len {seq_len}: give more text or choose "
+            "a smaller seq_len"
+        )
+    return windows(ids, seq_len, max_tokens)
+
+
+def _passages(texts: Texts, tokenizer: Any, context: int, max_tokens: int | None) -> list[Passage]:
+    """The passages' tokens; with `max_tokens` those from the start that fit in so many."""
+    passages: list[Passage] = []
+    room = math.inf if max_tokens is None else max_tokens
+    for number, (before, word) in enumerate(texts.passages, 1):
+        try:
+            passage = encode_passage(before, word, lambda text: encode(tokenizer, text), context)
+        except ValueError as error:
+            raise DataError(f"{texts.name} row {number}: {error}; leave it out") from error
+        room -= len(passage.tokens)
+        if room < 0:
+            break
+        passages.append(passage)
+    if not passages:
+        raise DataError(f"max_tokens is {max_tokens}, less than the first passage of {texts.name} has: raise it")
+    return passages
+
+
+def _logits(model: Model, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, T, V] on the model's device."""
+    arguments: dict[str, Any] = {"input_ids": input_ids.to(model.device)}
+    if mask is not None:
+        arguments["attention_mask"] = mask.to(model.device)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments["use_cache"] = False
+    logits: torch.Tensor = model(**arguments).logits
+    return logits
+
+
+def _finite(nll: torch.Tensor, name: str) -> torch.Tensor:
+    if bool(torch.isfinite(nll).all()):
+        return nll
+    raise CheckpointError(
+        f"{name} gives logits that are NaN or infinite: its weights or scales are damaged, or its numbers leave the "
+        "range of its dtype; check it with `quantkit inspect`, or load it in another dtype"
+    )
+
+
+# What goes in
+
+
+def _check_arguments(
+    seq_len: int | None, max_tokens: int | None, batch_size: int | None, tasks: Sequence[str] | None
+) -> None:
+    if tasks is not None:
+        raise QuantkitError(
+            f"tasks is {','.join(tasks)}: this needs lm-eval and isn't available in this version; evaluate on a data "
+            "set such as wikitext2 or lambada"
+        )
+    for name, value, least in (("seq_len", seq_len, 2), ("max_tokens", max_tokens, 2), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise DataError(f"{name} is {value}: expected at least {least}")
+
+
+def context_length(model: Model) -> int | None:
+    """The most tokens the model was made to read at once, or None where its config names no such number."""
+    config = model.config.get_text_config()
+    for key in CONTEXT_KEYS:
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _window_length(pair: _Pair, seq_len: int | None) -> int:
+    """seq_len, or the smaller of 2048 and the models' context; more than the context is refused."""
+    limit = DEFAULT_SEQ_LEN if seq_len is None else seq_len
+    for model, name in ((pair.model, pair.name), (pair.baseline, pair.baseline_name)):
+        context = None if model is None else context_length(model)
+        if context is not None and context < limit:
+            if seq_len is not None:
+                raise DataError(
+                    f"seq_len is {seq_len} and {name} reads at most {context} tokens: choose {context} or less"
+                )
+            limit = context
+    return limit
+
+
+def _check_vocabulary(model: Model, name: str, largest: int) -> None:
+    size = _vocabulary(model)
+    if size is not None and largest >= size:
+        raise DataError(
+            f"the data set has the token id {largest} and {name} a vocabulary of {size}: use the tokenizer that "
+            "belongs to the model"
+        )
+
+
+def _vocabulary(model: Model) -> int | None:
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _is_path(model: Any) -> bool:
+    return isinstance(model, (str, Path))
+
+
+def _name(model: Any) -> str:
+    if _is_path(model):
+        return str(model)
+    return getattr(model, "name_or_path", None) or type(model).__name__
+
+
+def _folder(model: Any, hub: Hub) -> Path | None:
+    """Where the model's files lie, or None for a model in memory that came from no folder."""
+    if _is_path(model):
+        return resolve(model, hub)
+    path = getattr(model, "name_or_path", None)
+    return Path(path) if path and Path(path).is_dir() else None
+
+
+def _tokenizer(model: Any, baseline: Any, hub: Hub, texts: Texts) -> Any:
+    """The model's tokenizer; a baseline whose tokenizer has another vocabulary is refused."""
+    tokenizer = _tokenizer_of(model, hub)
+    if tokenizer is None:
+        raise DataError(
+            f"{texts.name} is text and {_name(model)} has no tokenizer: put the tokenizer's files in its folder, pass "
+            "tokenizer=, or give rows of input_ids"
+        )
+    other = None if baseline is None else _tokenizer_of(baseline, _baseline_hub(hub))
+    if other is not None and other.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"the tokenizers of {_name(model)} and {_name(baseline)} have different vocabularies: give the baseline "
+            "that the model was made from"
+        )
+    return tokenizer
+
+
+def _tokenizer_of(model: Any, hub: Hub) -> Any:
+    folder = _folder(model, hub)
+    if folder is None:
+        return None
+    return load_tokenizer(folder, trust_remote_code=hub.trust_remote_code)
+
+
+def _baseline_hub(hub: Hub) -> Hub:
+    """The hub's arguments for a baseline: a revision belongs to the model."""
+    return Hub(None, hub.token, hub.cache_dir, hub.trust_remote_code)
+
+
+def _refuse_calibration_data(model: Any, hub: Hub, texts: Texts) -> None:
+    """Refuses texts that the model's own recipe says it was calibrated with."""
+    folder = _folder(model, hub)
+    path = None if folder is None else folder / "quantkit_recipe.json"
+    if path is None or not path.is_file():
+        return
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} isn't JSON ({error}): take it from the original again") from error
+    dataset = recipe.get("dataset") if isinstance(recipe, dict) else None
+    if isinstance(dataset, dict) and dataset.get("fingerprint") == texts.fingerprint:
+        raise DataError(
+            f"{texts.name} is the text that {_name(model)} was calibrated with: evaluate it on another split or file"
+        )
+
+
+# Models
+
+
+@contextmanager
+def _loaded(model: Any, baseline: Any, hub: Hub, device: str, backend: str) -> Iterator[_Pair]:
+    """Both models, in eval mode; what was in memory before gets its mode back afterwards."""
+    for given in (model, baseline):
+        if given is not None and not _is_path(given) and not isinstance(given, torch.nn.Module):
+            raise QuantkitError(f"{given!r} is no model: give a folder, a hub id or a transformers model")
+    place = _place(model, baseline, device)
+    ours = _load(model, hub, place, backend)
+    theirs = None if baseline is None else _load(baseline, _baseline_hub(hub), place, backend)
+    pair = _Pair(ours, _name(model), theirs, "" if baseline is None else _name(baseline))
+    if theirs is not None and _vocabulary(ours) != _vocabulary(theirs):
+        raise DataError(
+            f"{pair.name} has a vocabulary of {_vocabulary(ours)} and {pair.baseline_name} one of "
+            f"{_vocabulary(theirs)}: give the baseline that the model was made from"
+        )
+    training = [m for m in (ours, theirs) if m is not None and m.training]
+    for each in training:
+        each.eval()
+    try:
+        yield pair
+    finally:
+        for each in training:
+            each.train()
+
+
+def _place(model: Any, baseline: Any, device: str) -> str:
+    """Where what is loaded goes: to `device`; with auto, to where a model in memory already is."""
+    in_memory = [given for given in (model, baseline) if isinstance(given, torch.nn.Module)]
+    if device == "auto" and in_memory:
+        return str(in_memory[0].device)
+    place = pick_device(device)
+    for given in in_memory:
+        if torch.device(place) != torch.device(str(given.device)):
+            raise QuantkitError(
+                f"device is {device} and {_name(given)} is on {given.device}: move it or say device auto"
+            )
+    return str(place)
+
+
+def _load(model: Any, hub: Hub, place: str, backend: str) -> Model:
+    if not _is_path(model):
+        return model
+    from quantkit.loading import load
+
+    return load(
+        model,
+        device=place,
+        backend=backend,
+        revision=hub.revision,
+        token=hub.token,
+        cache_dir=hub.cache_dir,
+        trust_remote_code=hub.trust_remote_code,
+    )
+
+
+def _backend_in_use(model: Model, backend: str) -> str:
+    """What the model's compressed layers run on; torch where it has none."""
+    layers = [m for m in model.modules() if type(m).__module__.startswith("quantkit.")]
+    named = {str(layer.backend) for layer in layers if hasattr(layer, "backend")}
+    if not layers:
+        return "torch"
+    return "+".join(sorted(named)) if named else backend
+
+
+@contextmanager
+def _memory_errors(batch_size: int | None, seq_len: int) -> Iterator[None]:
+    """Turns a device's lack of memory into a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise QuantkitError(
+            f"the device has too little memory for batch_size {batch_size or 'auto'} at seq_len {seq_len}: choose a "
+            "smaller batch_size or seq_len, or another device"
+        ) from error

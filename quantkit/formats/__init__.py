@@ -1,0 +1,58 @@
+"""On-disk formats by name: pure functions from tensors to tensors, and the config that goes with them.
+
+A format is a module with these names; adding one is one file here, one line in FORMATS and one oracle test.
+
+    NAME                                              what `--format` and `quant_method` call it
+    reason_against(scheme) -> str | None              why the format can't say the scheme
+    tensor_specs(scheme, N, K, dtype) -> {name: spec} what is stored for one linear layer, bias aside
+    compress(scheme, codes, scale) -> {name: tensor}  codes [N, K] and scale [N, G] as stored
+    decompress(scheme, tensors, K) -> (codes, scale)  and back
+    config(scheme, modules, left) -> dict             config.json's `quantization_config`
+    parse(config) -> Layout                           which modules have which scheme
+"""
+
+from types import ModuleType
+from typing import Any
+
+from quantkit.errors import CheckpointError, RecipeError
+from quantkit.formats import compressed_tensors, native
+from quantkit.formats.base import Group, Layout, TensorSpec
+from quantkit.scheme import Scheme
+
+FORMATS: dict[str, ModuleType] = {compressed_tensors.NAME: compressed_tensors, native.NAME: native}
+
+__all__ = ["FORMATS", "Group", "Layout", "TensorSpec", "choose", "of_config"]
+
+
+def choose(scheme: Scheme, name: str = "auto") -> ModuleType:
+    """The format of that name, or with `auto` the first that can say the scheme.
+
+    Raises:
+        RecipeError: the format is unknown, or can't say the scheme.
+    """
+    if name == "auto":
+        return next(module for module in FORMATS.values() if module.reason_against(scheme) is None)
+    if name not in FORMATS:
+        raise RecipeError(f"format {name!r} is unknown; use auto, {', '.join(FORMATS)}")
+    reason = FORMATS[name].reason_against(scheme)
+    if reason is not None:
+        raise RecipeError(f"format {name} cannot hold this recipe: {reason}; use --format auto")
+    return FORMATS[name]
+
+
+def of_config(config: dict[str, Any], where: str) -> ModuleType:
+    """The format of a checkpoint's `quantization_config`.
+
+    Raises:
+        CheckpointError: no format here reads it.
+    """
+    method = config.get("quant_method")
+    if method not in FORMATS:
+        raise CheckpointError(
+            f"{where} is compressed as {method!r}, which quantkit {_readable()}; load it with the software that wrote it"
+        )
+    return FORMATS[str(method)]
+
+
+def _readable() -> str:
+    return "cannot read (it reads " + " and ".join(FORMATS) + ")"

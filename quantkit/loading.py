@@ -1,0 +1,82 @@
+"""load(): a model from disk, compressed or not, with packed weights packed in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantkit_kernels.backends import BACKENDS
+
+from quantkit import formats
+from quantkit.checkpoint import Hub, read_config, resolve
+from quantkit.devices import pick_device
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.shards import ShardReader
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    backend: str = "auto",
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The transformers model of a folder or hub id, in eval mode.
+
+    Layers that are compressed in a format that quantkit reads become `QuantizedLinear`: codes and scales stay as they
+    are on disk, and `save_pretrained` writes them back. A float checkpoint gives the plain model.
+
+    Args:
+        path: a folder or hub id.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: dtype of everything that isn't compressed; None for what the checkpoint says.
+        backend: `auto`, `torch` or `triton`: which implementation of the ops to use.
+        revision: branch, tag or commit on the hub.
+        token: access token for the hub.
+        cache_dir: the hub's cache.
+        trust_remote_code: let the model's folder run its own Python code.
+
+    Raises:
+        CheckpointError: the files are missing, damaged, or compressed in a way that quantkit doesn't read.
+        QuantkitError: the device, dtype or backend is unknown.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from quantkit.hf import QuantkitConfig
+
+    place = pick_device(device)
+    if backend not in BACKENDS:
+        raise QuantkitError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise QuantkitError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    folder = resolve(path, Hub(revision, token, cache_dir, trust_remote_code))
+    stored = read_config(folder).get("quantization_config")
+    if stored is not None:
+        formats.of_config(stored, str(path)).parse(stored)
+    ShardReader(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if stored is not None:
+            config.quantization_config = QuantkitConfig.wrapped(stored, backend)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=None if place.type == "cpu" else {"": place},
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, TypeError, OSError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"transformers cannot load {path}: {reason}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            name = sorted(str(key) for key in info[kind])[0]
+            raise CheckpointError(f"{path}: {kind.replace('_', ' ')}, {name} first; download the checkpoint again")
+    model.eval()
+    return model

@@ -1,0 +1,207 @@
+"""Recipe and Step: what is to be done to a model, validated before a weight is read.
+
+A *step* is a method with its parameters, written `name[:key=value[,key=value...]]`. A *recipe* is an ordered list of
+steps with include and ignore patterns and a seed; it is stored in the checkpoint that it made. Both are frozen, and
+neither needs torch.
+"""
+
+import fnmatch
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import RecipeError
+from quantkit.methods import METHODS, method_class
+from quantkit.scheme import Scheme
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method's name with a value for every parameter (defaults filled in).
+
+    Raises:
+        RecipeError: the method, a parameter or a value is unknown.
+    """
+
+    name: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise RecipeError(
+                f"step {self.name!r} is unknown; use one of {', '.join(METHODS)} (see `quantkit methods`)"
+            )
+        method = method_class(self.name)
+        known = {parameter.name: parameter for parameter in method.parameters}
+        values = {name: parameter.default for name, parameter in known.items()}
+        for key, value in self.parameters.items():
+            if key not in known:
+                expected = ", ".join(known) or "none"
+                raise RecipeError(f"step {self.name!r} has no parameter {key!r}; it takes: {expected}")
+            if value not in known[key].choices:
+                choices = "|".join(known[key].choices)
+                raise RecipeError(f"{key}={value!r} is not a value for step {self.name!r}; use {key}={choices}")
+            values[key] = value
+        object.__setattr__(self, "parameters", values)
+
+    @classmethod
+    def parse(cls, text: str) -> "Step":
+        """The step written as `name[:key=value[,key=value...]]`."""
+        name, colon, rest = text.partition(":")
+        parameters: dict[str, str] = {}
+        for item in rest.split(",") if colon else ():
+            key, equals, value = item.partition("=")
+            if not (key and equals and value):
+                raise RecipeError(f"step {text!r}: {item!r} is not key=value; write name:key=value,key=value")
+            if key in parameters:
+                raise RecipeError(f"step {text!r} gives {key!r} twice; give it once")
+            parameters[key] = value
+        return cls(name, parameters)
+
+    def __str__(self) -> str:
+        """The step with every parameter spelled out."""
+        values = ",".join(f"{key}={value}" for key, value in self.parameters.items())
+        return f"{self.name}:{values}" if values else self.name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered steps, the modules they may touch, and the seed of everything random.
+
+    Attributes:
+        steps: transforms first, then at most one quantizer.
+        include: patterns of module names; when there are any, only what they match is quantized.
+        ignore: patterns of module names that stay float.
+        seed: seed of every random choice.
+        dataset: what was calibrated on, or None when no step observed anything.
+    """
+
+    steps: tuple[Step, ...]
+    include: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    seed: int = 0
+    dataset: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise RecipeError("a recipe needs at least one step; give -m STEP or --recipe NAME|FILE")
+        quantizers = [step.name for step in self.steps if method_class(step.name).quantizes]
+        if len(quantizers) > 1:
+            raise RecipeError(
+                f"the steps {' and '.join(quantizers)} would quantize the same layers; keep one quantizer in a recipe"
+            )
+        for pattern in (*self.include, *self.ignore):
+            check_pattern(pattern)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of this recipe's quantizer, or None without one."""
+        schemes = (method_class(step.name)().scheme(step.parameters) for step in self.steps)
+        return next((scheme for scheme in schemes if scheme is not None), None)
+
+    @property
+    def observes(self) -> bool:
+        """Whether a step needs calibration data."""
+        return any(method_class(step.name).observes for step in self.steps)
+
+    @classmethod
+    def of(
+        cls, steps: Sequence[str | Step], include: Sequence[str] = (), ignore: Sequence[str] = (), seed: int = 0
+    ) -> "Recipe":
+        """The recipe of these steps, each a `Step` or its text."""
+        parsed = tuple(Step.parse(step) if isinstance(step, str) else step for step in steps)
+        return cls(parsed, tuple(include), tuple(ignore), seed)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """The recipe that `to_dict` wrote."""
+        known = {"steps", "include", "ignore", "seed", "dataset", "description"}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise RecipeError(f"a recipe has no key {unknown[0]!r}; it takes: {', '.join(sorted(known))}")
+        for key in ("steps", "include", "ignore"):
+            found = values.get(key, [])
+            if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+                raise RecipeError(f"{key} = {found!r} in a recipe must be a list of strings, such as ['w8a8']")
+        seed = values.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise RecipeError(f"seed = {seed!r} in a recipe must be a whole number")
+        recipe = cls.of(values.get("steps", []), values.get("include", ()), values.get("ignore", ()), seed)
+        return cls(recipe.steps, recipe.include, recipe.ignore, seed, values.get("dataset"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values."""
+        return {
+            "steps": [str(step) for step in self.steps],
+            "include": list(self.include),
+            "ignore": list(self.ignore),
+            "seed": self.seed,
+            "dataset": None if self.dataset is None else dict(self.dataset),
+        }
+
+    def to_json(self) -> str:
+        """The recipe as JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_toml(self) -> str:
+        """The recipe as TOML text (without the data set, which is a record of what happened)."""
+        lines = [f"{key} = {_toml(value)}" for key, value in self.to_dict().items() if key != "dataset"]
+        return "\n".join(lines) + "\n"
+
+
+def _toml(value: str | int | list[str]) -> str:
+    """A TOML value: JSON's strings, numbers and lists are TOML's, but for the character DEL."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with quantkit, sorted."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
+
+
+def load_recipe(name_or_file: str | Path) -> Recipe:
+    """The recipe of that bundled name, or in that TOML or JSON file (`quantkit_recipe.json` of a checkpoint too).
+
+    Raises:
+        RecipeError: there is no such name or file, or it doesn't hold a recipe.
+    """
+    path = Path(name_or_file)
+    if str(name_or_file) in recipe_names():
+        path = RECIPE_FOLDER / f"{name_or_file}.toml"
+    elif not path.is_file():
+        raise RecipeError(
+            f"recipe {str(name_or_file)!r} is neither a file nor one of {', '.join(recipe_names())}; "
+            "give one of these names or the path of a .toml or .json file"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (ValueError, OSError, RecursionError) as error:
+        raise RecipeError(f"recipe {path} cannot be read as TOML or JSON: {error}; mend the file") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} holds {type(values).__name__}, not a table with `steps`; mend the file")
+    return Recipe.from_dict(values)
+
+
+def check_pattern(pattern: str) -> None:
+    """Return nothing; raise RecipeError when the pattern is empty or a broken regular expression."""
+    if not pattern or pattern == "re:":
+        raise RecipeError("an empty pattern matches nothing; give a glob such as '*.mlp.*', or re:REGEX")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise RecipeError(f"pattern {pattern!r} is not a regular expression: {error}; mend it") from error
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a module name: a glob on the whole name, or after `re:` a regex from its start."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)

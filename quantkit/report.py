@@ -1,0 +1,213 @@
+"""The report: what happened to every layer and what it cost, as text, JSON and a model card."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import Source
+from quantkit.planning import LeftAlone, PatternMatch, Plan
+from quantkit.recipe import Recipe
+from quantkit.shards import write_json
+from quantkit.version import __version__
+
+REPORT_FILE = "quantkit_report.json"
+PACKAGES = ("torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized linear layer.
+
+    Attributes:
+        module: its name.
+        scheme: its scheme, in words.
+        shape: N and K.
+        bits_per_weight: stored bits, scales included, over weights.
+        weight_error: Frobenius norm of what was lost over that of the float weight.
+    """
+
+    module: str
+    scheme: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    weight_error: float
+
+
+@dataclass
+class Report:
+    """What a run did. `to_dict` is what `quantkit_report.json` holds.
+
+    Attributes:
+        model: what was compressed.
+        recipe: the recipe, as in `quantkit_recipe.json`.
+        format: the format on disk.
+        layers: every quantized linear layer.
+        left_alone: every other weight matrix, with the reason.
+        copied_unused: tensors that the model doesn't use, copied as they were.
+        renamed: tied tensors that were stored under their second name, to the first, under which they are written.
+        patterns: what each pattern matched.
+        bytes_before: bytes of the source's tensors.
+        bytes_after: bytes of the written tensors.
+        verified: how many tensors and layers were read back from disk and found right.
+        seconds: wall-clock time, evaluation aside.
+        peak_memory_bytes: the process's peak memory (VmHWM), or None where it can't be read.
+        evaluation: what `quantkit eval` found, if asked.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    format: str
+    layers: list[LayerReport]
+    left_alone: list[LeftAlone]
+    copied_unused: list[str]
+    renamed: dict[str, str]
+    patterns: list[PatternMatch]
+    bytes_before: int
+    bytes_after: int
+    verified: dict[str, int]
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    evaluation: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        recipe: Recipe,
+        format_name: str,
+        plan: Plan,
+        layers: Sequence[LayerReport],
+        nbytes: int,
+        verified: dict[str, int],
+    ) -> "Report":
+        """The report of a run that has just been written."""
+        versions = {"quantkit": __version__, "python": platform.python_version()}
+        versions |= {package: version(package) for package in PACKAGES}
+        return cls(
+            source.name,
+            recipe.to_dict(),
+            format_name,
+            list(layers),
+            list(plan.left),
+            list(plan.unused),
+            dict(plan.renamed),
+            list(plan.patterns),
+            source.weights.nbytes,
+            nbytes,
+            verified,
+            versions=versions,
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over weights, of all quantized layers together."""
+        weights = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        bits = sum(layer.bits_per_weight * count for layer, count in zip(self.layers, weights, strict=True))
+        return bits / sum(weights)
+
+    @property
+    def worst(self) -> LayerReport:
+        """The layer whose weight lost most."""
+        return max(self.layers, key=lambda layer: layer.weight_error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**asdict(self), "bits_per_weight": self.bits_per_weight}
+
+    def to_text(self) -> str:
+        """The report on one screen."""
+        ratio = self.bytes_before / self.bytes_after
+        lines = [
+            f"{self.model}: {', '.join(self.recipe['steps'])}, as {self.format}",
+            f"  quantized  {len(self.layers)} linear layers, {self.bits_per_weight:.2f} bits per weight",
+            f"  size       {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors ({ratio:.2f}x smaller)",
+            f"  worst      {self.worst.module}: weight error {self.worst.weight_error:.2%}",
+            f"  verified   {self.verified['tensors']} tensors read back from disk",
+            f"  cost       {self.seconds:.1f} s, {_megabytes(self.peak_memory_bytes)} peak memory",
+        ]
+        lines += [f"  --{match.kind} {match.pattern}: {match.matched} linear layers" for match in self.patterns]
+        lines += [f"  written as {new}, its tie: {old}" for old, new in self.renamed.items()]
+        for reason, names in _by_reason(self.left_alone).items():
+            lines.append(f"  left alone {_shortened(names)}: {reason}")
+        if self.copied_unused:
+            lines.append(f"  copied, though the model does not use them: {_shortened(self.copied_unused)}")
+        if self.evaluation is not None:
+            lines.append("  " + evaluation_line(self.evaluation))
+        return "\n".join(lines)
+
+
+def evaluation_line(result: dict[str, Any]) -> str:
+    """One line of what an evaluation with a baseline found."""
+    return (
+        f"evaluation perplexity {result['perplexity']:.4f} ± {result['perplexity_stderr']:.4f} "
+        f"(float {result['baseline_perplexity']:.4f}), KL {result['kl_mean']:.2e}, "
+        f"top-1 {result['top1_agreement']:.2%}, {result['tokens']:,} tokens of {result['dataset']}"
+    )
+
+
+def _by_reason(left: Sequence[LeftAlone]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for item in left:
+        groups.setdefault(item.reason, []).append(item.module)
+    return groups
+
+
+def _shortened(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _megabytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e6:,.0f} MB"
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write `quantkit_report.json`."""
+    temporary = folder / f".{REPORT_FILE}.tmp"
+    write_json(temporary, report.to_dict())
+    temporary.replace(folder / REPORT_FILE)
+
+
+def model_card(report: Report, source: Source) -> str:
+    """The README.md of the checkpoint."""
+    front = ["---", "library_name: transformers", "tags:", "- quantkit", f"- {report.format}"]
+    if _license(source) is not None:
+        front.append(f"license: {_license(source)}")
+    steps = ", ".join(f"`{step}`" for step in report.recipe["steps"])
+    body = [
+        f"# {Path(report.model).name}, compressed",
+        "",
+        f"Made from `{report.model}` by quantkit {report.versions.get('quantkit')} with {steps}, stored as {report.format}.",
+        "",
+        "```python",
+        "import quantkit",
+        "",
+        'model = quantkit.load("path/of/this/folder")',
+        "```",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| quantized linear layers | {len(report.layers)} |",
+        f"| bits per quantized weight | {report.bits_per_weight:.2f} |",
+        f"| bytes of tensors | {report.bytes_before:,} before, {report.bytes_after:,} after |",
+        f"| largest weight error | {report.worst.weight_error:.2%} ({report.worst.module}) |",
+    ]
+    if report.evaluation is not None:
+        body += ["", evaluation_line(report.evaluation).removeprefix("evaluation ").capitalize() + "."]
+    else:
+        body += ["", "Not evaluated yet: `quantkit eval THIS --dataset SPEC --baseline FLOAT_MODEL`."]
+    return "\n".join([*front, "---", "", *body, ""])
+
+
+def _license(source: Source) -> str | None:
+    """The licence that the source's own model card states, or None."""
+    card = source.folder / "README.md" if source.folder is not None else None
+    if card is None or not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    lines = parts[1].splitlines() if len(parts) == 3 and not parts[0].strip() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)

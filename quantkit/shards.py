@@ -1,0 +1,242 @@
+"""Safetensors files: reading a checkpoint tensor by tensor, and writing one shard by shard. Knows no model."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from quantkit.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SMALLEST_SHARD = 16 * 2**20
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies, and its shape and dtype, from a file's header."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class ShardReader:
+    """The tensors of a folder of safetensors files, read one at a time.
+
+    Attributes:
+        tensors: name to TensorInfo, for every tensor of every shard.
+
+    Raises:
+        CheckpointError: no safetensors file, or one that is missing, truncated or damaged (named).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        for path, names in _shards(folder):
+            found = _header(path)
+            missing = sorted(set(names or ()) - set(found))
+            if missing:
+                raise CheckpointError(
+                    f"shard {path} lacks tensor {missing[0]!r}, which {INDEX} places there; download the shard again"
+                )
+            self.tensors.update(found)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor of that name, read from disk (the file is closed again, so that its pages can go)."""
+        path = self.tensors[name].path
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"tensor {name!r} of shard {path} cannot be read: {error}; fetch it again") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def _shards(folder: Path) -> Iterator[tuple[Path, list[str] | None]]:
+    """Every shard's path, with the names that the index places in it (None without an index)."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards: dict[str, list[str]] = {}
+            for name, shard in weight_map.items():
+                shards.setdefault(shard, []).append(name)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index} is not an index of shards ({error!r}); download it again") from error
+        for shard, names in sorted(shards.items()):
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{index} names {shard!r}, outside of its folder; refuse this checkpoint")
+            if not (folder / shard).is_file():
+                raise CheckpointError(f"shard {shard} is missing from {folder}, and {INDEX} names it; download it")
+            yield folder / shard, names
+        return
+    if (folder / SINGLE).is_file():
+        yield folder / SINGLE, None
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickle ({pickles[0]}), which can run code when it is read; "
+            "convert it to safetensors first (model.save_pretrained of a model that you trust)"
+        )
+    raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}; give a folder with safetensors weights")
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one file, from its header."""
+    try:
+        found = {}
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
+                view = file.get_slice(name)
+                dtype = view.get_dtype()
+                if dtype not in DTYPES:
+                    raise CheckpointError(f"tensor {name!r} of {path} has dtype {dtype}, which quantkit doesn't read")
+                found[name] = TensorInfo(path, tuple(view.get_shape()), DTYPES[dtype])
+        return found
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"shard {path} is truncated or damaged ({error}); download it again") from error
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's shape, dtype and bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    digest.update(flat.numpy().data)
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes shards as they come, each safe on disk before the next, and an index at the end.
+
+    A shard is written under a temporary name, synced and renamed. `finish` gives the shards their final names; a single
+    one becomes `model.safetensors`. The files carry no times: the same tensors give the same bytes.
+
+    Attributes:
+        checksums: name of every tensor written to the hash of its bytes.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self.checksums: dict[str, str] = {}
+        self.nbytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._waiting_bytes = 0
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take these tensors; write a shard whenever the next one would be larger than the limit."""
+        for name, tensor in tensors.items():
+            if self._waiting and self._waiting_bytes + tensor.nbytes > self.max_shard_bytes:
+                self._write_waiting()
+            self._waiting[name] = tensor.detach().cpu().contiguous()
+            self._waiting_bytes += tensor.nbytes
+
+    def flush(self) -> None:
+        """Write what waits, if it is worth a file; a small model becomes one shard that way."""
+        if self._waiting_bytes >= min(SMALLEST_SHARD, self.max_shard_bytes):
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
+        self._write_one(waiting)
+
+    def _write_one(self, tensors: dict[str, torch.Tensor]) -> None:
+        path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise _write_error(error, path) from error
+        sync(temporary)
+        temporary.replace(path)
+        for name, tensor in tensors.items():
+            self.checksums[name] = checksum(tensor)
+            self.nbytes += tensor.nbytes
+        self._shards.append((path, list(tensors)))
+
+    def finish(self) -> None:
+        """Write the rest, give the shards their final names and write the index (none for a single shard)."""
+        if self._waiting:
+            self._write_waiting()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, (path, names) in enumerate(self._shards, start=1):
+            final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            path.rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.folder / INDEX, index)
+
+
+def _write_error(error: Exception, path: Path) -> CheckpointError:
+    """The sentence for a failed write; a full disk is told as one."""
+    text = str(error)
+    full = getattr(error, "errno", None) == 28 or "No space left" in text or "os error 28" in text
+    if full:
+        return CheckpointError(f"no space is left on the disk of {path.parent}; free some or give another --output")
+    return CheckpointError(f"{path} cannot be written: {text}; check the folder's permissions")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and sync it, or raise CheckpointError."""
+    try:
+        path.write_text(text, encoding="utf-8")
+        sync(path)
+    except OSError as error:
+        raise _write_error(error, path) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON and sync it."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Make a file or folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        raise _write_error(error, path) from error
+    finally:
+        os.close(handle)

@@ -1,0 +1,61 @@
+"""Reading a checkpoint back from disk and holding it against what was meant to be written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from quantkit.checkpoint import read_config
+from quantkit.errors import CheckpointError
+from quantkit.planning import Plan, Target
+from quantkit.progress import track
+from quantkit.shards import ShardReader, checksum
+
+
+def verify(
+    folder: Path, plan: Plan, layout: ModuleType, checksums: Mapping[str, str], *, progress: bool = True
+) -> dict[str, int]:
+    """How many tensors and schemes were read back and found as they were meant.
+
+    Every tensor is read from disk: its name, shape, dtype and bytes must be those written; every quantized layer's
+    tensors must be what its format demands, with positive finite scales; and the scheme of every linear layer, parsed
+    from the config on disk, must be the recipe's, or none where the layer was left in float.
+
+    Raises:
+        CheckpointError: anything differs.
+    """
+    reader = ShardReader(folder)
+    if set(reader.tensors) != set(checksums):
+        odd = sorted(set(reader.tensors) ^ set(checksums))[0]
+        raise CheckpointError(f"read back from {folder}, tensor {odd!r} is not where it should be; check the disk")
+    for name in track(sorted(checksums), "verifying", len(checksums), "tensor", disable=not progress):
+        if checksum(reader.get(name)) != checksums[name]:
+            raise CheckpointError(
+                f"read back from {folder}, tensor {name!r} differs from what was written; check the disk"
+            )
+    parsed = layout.parse(read_config(folder)["quantization_config"])
+    for target in plan.targets.values():
+        _verify_layer(reader, target, layout)
+        found = parsed.scheme_of(target.module)
+        same = found is not None and found.label == target.scheme.label
+        if not same:
+            raise CheckpointError(f"the config in {folder} gives {target.module} another scheme than the recipe")
+    for module in plan.linears_left:
+        if parsed.scheme_of(module) is not None:
+            raise CheckpointError(f"the config in {folder} gives {module} a scheme, and it was left in float")
+    return {"tensors": len(checksums), "quantized": len(plan.targets), "left": len(plan.linears_left)}
+
+
+def _verify_layer(reader: ShardReader, target: Target, layout: ModuleType) -> None:
+    """Raise CheckpointError when a layer's tensors aren't what its format demands."""
+    specs = layout.tensor_specs(target.scheme, target.out_features, target.in_features, target.dtype)
+    for name, spec in specs.items():
+        info = reader.tensors.get(target.prefix + name)
+        if info is None or info.shape != spec.shape or info.dtype != spec.dtype:
+            raise CheckpointError(
+                f"tensor {target.prefix + name!r} has not the shape and dtype that {layout.NAME} demands"
+            )
+    scale = reader.get(f"{target.prefix}weight_scale").float()
+    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+        raise CheckpointError(f"a scale of {target.module} is not a positive finite number")
