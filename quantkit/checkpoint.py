@@ -73,18 +73,30 @@ class Source:
     files: list[Path] = field(default_factory=list)
 
 
+def quiet_transformers() -> None:
+    """Turn off transformers' own progress bars and warnings, for a command line that says what matters itself."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def resolve(model: str | Path, hub: Hub) -> Path:
     """The folder of a model: itself, or a hub id's snapshot in the cache (weights other than safetensors left out).
 
     Raises:
         CheckpointError: neither a folder nor a hub id that can be had.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
     text = str(model)
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        kind = "is a file" if path.exists() else "does not exist"
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{text} cannot be opened ({error}); give a model's folder, or a hub id") from error
+    if exists or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        kind = "is a file" if exists else "does not exist"
         raise CheckpointError(f"{text} {kind}; give a folder with config.json and weights, or a hub id like org/name")
     from huggingface_hub import snapshot_download
 
@@ -107,7 +119,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); mend or download it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object; mend or download it again")
@@ -135,16 +147,19 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def refuse_unfit(config: dict[str, Any], name: str, hub: Hub) -> None:
     """Return nothing; raise CheckpointError for a model that is compressed already or isn't a causal one."""
-    if config.get("quantization_config") or config.get("compression_config"):
-        method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
+    stored = config.get("quantization_config") or config.get("compression_config")
+    if stored:
+        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
         raise CheckpointError(
             f"{name} is compressed already (quant_method {method!r}); give the float model that it was made from"
         )
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    architectures = config.get("architectures") or []
-    remote = "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    if remote and not hub.trust_remote_code and config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    architectures, auto_map = config.get("architectures") or [], config.get("auto_map") or {}
+    if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
+        raise CheckpointError(f"architectures is {architectures!r} in {name}'s config.json, no list of names; mend it")
+    remote = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+    if remote and not hub.trust_remote_code and str(config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise CheckpointError(
             f"{name} runs code of its own; pass --trust-remote-code if you have read and trust what is in its folder"
         )
@@ -169,10 +184,10 @@ def build_skeleton(folder: Path, hub: Hub) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=hub.trust_remote_code)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        model.tie_weights()
+    except Exception as error:  # whatever a config's values do to transformers
+        reason = " ".join(str(error).split()) or repr(error)
         raise CheckpointError(f"transformers cannot build the model of {folder}: {reason}") from error
-    model.tie_weights()
     skeleton: nn.Module = model
     return skeleton
 

@@ -26,8 +26,6 @@ def complete(
         CheckpointError: the model has no tokenizer.
         DataError: the prompt has no token that the tokenizer knows.
     """
-    from transformers import set_seed
-
     hub = hub or Hub()
     words = {**hub.download, "trust_remote_code": hub.trust_remote_code}
     tokenizer = load_tokenizer(checkpoint, **words)
@@ -39,7 +37,7 @@ def complete(
     ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if ids["input_ids"].numel() == 0:
         raise DataError(f"the prompt {prompt!r} has no token that the tokenizer of {checkpoint} knows; give another")
-    set_seed(seed)
+    torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.inference_mode():
         out = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)

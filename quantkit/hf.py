@@ -4,9 +4,11 @@ The same quantizer serves `quantkit.load` for every format that quantkit reads.
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from quantkit_kernels.formats import FLOAT_DTYPES
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -64,17 +66,30 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.layout = formats.of_config(quantization_config.stored, "the checkpoint")
         self.parsed = self.layout.parse(quantization_config.stored)
+        self.stored_names: set[str] = set()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         replace_linears(model, self.layout, self.parsed, self.quantization_config.backend)
+        self.stored_names = {f"{name}.{leaf}" for name, layer in quantized_layers(model) for leaf in layer.stored}
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """None (as stored) for what a QuantizedLinear stores; the model's dtype for the rest."""
         names = getattr(converter, "target_patterns", None) or []
-        if any(name.rpartition(".")[2].startswith("weight_") for name in names):
+        if self.stored_names.intersection(names):
             return None
         return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, layer in quantized_layers(model):
+            for leaf, spec in layer.stored.items():
+                found = layer.get_buffer(leaf).dtype
+                if not (found in FLOAT_DTYPES if leaf.endswith("scale") else found == spec.dtype):
+                    raise CheckpointError(
+                        f"tensor '{name}.{leaf}' is {found} where {spec.dtype} is expected; "
+                        "the files and their quantization_config don't belong together: download both again"
+                    )
+        return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """Whether save_pretrained works: yes, it writes what was loaded."""
@@ -89,6 +104,13 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Yes: every layer is one op with a schema and a fake."""
         return True
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Every QuantizedLinear by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield name, module
 
 
 def replace_linears(model: nn.Module, layout: Any, parsed: formats.Layout, backend: str) -> None:

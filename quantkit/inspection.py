@@ -1,6 +1,7 @@
 """inspect: what a checkpoint holds, tensor by tensor, held against what its config makes a loader expect."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 from quantkit import formats
-from quantkit.checkpoint import Hub, Source, build_skeleton, names_of, read_config, resolve, tied_parameters
-from quantkit.hf import replace_linears
+from quantkit.checkpoint import Hub, Source, build_skeleton, linears, names_of, read_config, resolve, tied_parameters
+from quantkit.hf import quantized_layers, replace_linears
 from quantkit.modules import QuantizedLinear
+from quantkit.planning import FLOAT_DTYPES
 from quantkit.shards import ShardReader
 
 
@@ -114,24 +116,43 @@ def _problems(source: Source) -> list[str]:
     expected = source.skeleton.state_dict()
     made |= {tied.get(name, name) for name in made if name}
     converted = any(origin.converted for origin in origins.values())
-    quantized = {
-        f"{n}.{b}" for n, m in source.skeleton.named_modules() if isinstance(m, QuantizedLinear) for b in m.stored
-    }
+    quantized = {f"{name}.{leaf}": layer for name, layer in quantized_layers(source.skeleton) for leaf in layer.stored}
+    plain = {f"{name}.weight" for name, _ in linears(source.skeleton)}
+    folders = {key.rpartition(".")[0] for key, origin in origins.items() if origin.parameter in {*quantized, *plain}}
     for name in expected:
         if name not in made and tied.get(name) not in made and not converted:
             found.append(f"no tensor makes {name!r}")
     for key, origin in origins.items():
         info = source.weights.tensors[key]
         want = expected.get(origin.parameter or "")
+        if origin.parameter is None and key.rpartition(".")[0] in folders and not key.endswith(".bias"):
+            found.append(f"tensor {key!r} is not part of its layer's scheme")
         if want is None or origin.converted:
             continue
         if tuple(want.shape) != info.shape:
             found.append(f"tensor {key!r} is {list(info.shape)} where {list(want.shape)} is expected")
-        elif origin.parameter in quantized and not key.endswith("scale") and info.dtype != want.dtype:
+        elif origin.parameter in quantized and not _is_dtype(info.dtype, want.dtype, key):
             found.append(f"tensor {key!r} is {info.dtype} where {want.dtype} is expected")
-        elif origin.parameter in quantized and key.endswith("scale") and not _positive(source.weights.get(key)):
-            found.append(f"a scale in {key!r} is not a positive finite number")
+        elif origin.parameter in plain and info.dtype not in (*FLOAT_DTYPES, torch.float64):
+            found.append(f"tensor {key!r} is {info.dtype} where the config says that the layer is in float")
+        elif origin.parameter in quantized:
+            found += _wrong_values(key, source.weights.get, quantized[origin.parameter])
     return found
+
+
+def _wrong_values(key: str, get: Callable[[str], torch.Tensor], layer: QuantizedLinear) -> list[str]:
+    """What is wrong with the values of a scale or a stored shape."""
+    if key.endswith("scale") and not _positive(get(key)):
+        return [f"a scale in {key!r} is not a positive finite number"]
+    shape = [layer.out_features, layer.in_features]
+    if key.endswith("weight_shape") and get(key).tolist() != shape:
+        return [f"{key!r} says {get(key).tolist()} where the layer is {shape}"]
+    return []
+
+
+def _is_dtype(found: torch.dtype, expected: torch.dtype, key: str) -> bool:
+    """Whether a tensor has its dtype; a scale may have any float dtype that the ops take."""
+    return found in FLOAT_DTYPES if key.endswith("scale") else found == expected
 
 
 def _positive(scale: torch.Tensor) -> bool:

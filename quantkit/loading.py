@@ -1,15 +1,18 @@
 """load(): a model from disk, compressed or not, with packed weights packed in memory."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from quantkit_kernels.backends import BACKENDS
+from torch import nn
 
 from quantkit import formats
 from quantkit.checkpoint import Hub, read_config, resolve
 from quantkit.devices import pick_device
 from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.modules import QuantizedLinear
 from quantkit.shards import ShardReader
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -52,8 +55,8 @@ def load(
     place = pick_device(device)
     if backend not in BACKENDS:
         raise QuantkitError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise QuantkitError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
+        raise QuantkitError(f"dtype {dtype!r} is none that a model can run in; use one of {', '.join(DTYPES)}")
     folder = resolve(path, Hub(revision, token, cache_dir, trust_remote_code))
     stored = read_config(folder).get("quantization_config")
     if stored is not None:
@@ -71,12 +74,32 @@ def load(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (ValueError, KeyError, TypeError, OSError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except QuantkitError:
+        raise
+    except Exception as error:  # whatever a config's values do to transformers
+        reason = " ".join(str(error).split()) or repr(error)
         raise CheckpointError(f"transformers cannot load {path}: {reason}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if info.get(kind):
             name = sorted(str(key) for key in info[kind])[0]
             raise CheckpointError(f"{path}: {kind.replace('_', ' ')}, {name} first; download the checkpoint again")
+    _refuse_unexpected(model, info.get("unexpected_keys") or (), str(path))
     model.eval()
     return model
+
+
+def _refuse_unexpected(model: nn.Module, keys: Iterable[str], name: str) -> None:
+    """Raise CheckpointError for a tensor of a linear layer that the layer has no place for (a scale, a zero point).
+
+    Without it the layer's weight means something else. Other tensors that the model doesn't use do no harm: float
+    checkpoints have them, and `quantize` copies them.
+    """
+    layers = {module for module, layer in model.named_modules() if isinstance(layer, (nn.Linear, QuantizedLinear))}
+    prefix = getattr(model, "base_model_prefix", "")
+    for key in sorted(keys):
+        module, _, leaf = key.rpartition(".")
+        if leaf != "bias" and layers.intersection((module, f"{prefix}.{module}")):
+            raise CheckpointError(
+                f"tensor {key!r} of {name} is not part of the scheme that its quantization_config gives the layer; "
+                "load it with the software that wrote it"
+            )

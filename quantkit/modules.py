@@ -7,6 +7,7 @@ import torch
 from quantkit_kernels import ops
 from torch import nn
 
+from quantkit.formats import FORMATS
 from quantkit.scheme import Scheme
 
 
@@ -40,11 +41,16 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.backend = scheme, backend
-        self._layout = layout
+        self.format = layout.NAME
         self.stored = layout.tensor_specs(scheme, out_features, in_features, dtype)
         for name, spec in self.stored.items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @property
+    def _layout(self) -> ModuleType:
+        """The format's module, looked up by name: a copy of the layer can hold a name, but no module."""
+        return FORMATS[self.format]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output [..., N] in x's dtype, for x [..., K]."""
@@ -72,9 +78,13 @@ class QuantizedLinear(nn.Module):
         kept = {name: self.get_buffer(name) for name in self.stored}
         for name, buffer in kept.items():
             self._buffers[name] = buffer.view(torch.uint8)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in kept.items():
-            self._buffers[name] = self.get_buffer(name).view(buffer.dtype)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for name, buffer in kept.items():
+                moved = self.get_buffer(name)
+                # `module.type(dtype)` casts bytes as well: then the buffer stays what it was.
+                self._buffers[name] = moved.view(buffer.dtype) if moved.dtype == torch.uint8 else buffer
         return self
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """quantize(): from a float model to a compressed checkpoint on disk, as a straight line."""
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from quantkit.planning import Plan, Stage, Target, make_plan
 from quantkit.progress import track
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.report import LayerReport, Report, model_card, write_report
-from quantkit.shards import ShardWriter, sync, write_json, write_text
+from quantkit.shards import ShardWriter, sync, write_error, write_json, write_text
 from quantkit.texts import read
 from quantkit.verification import verify
 
@@ -188,8 +189,13 @@ def parse_size(size: str | int) -> int:
 
 def refuse_existing(output: str | Path) -> Path:
     """The output's path, or CheckpointError when something is there already."""
-    path = Path(output).expanduser()
-    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+    try:
+        path = Path(output).expanduser()
+        path = path if path.name not in ("", "..") else Path(os.path.abspath(path))
+        taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{output} cannot be written to ({error}); give another -o OUT") from error
+    if taken:
         raise CheckpointError(f"{path} exists already; give another -o OUT, or remove it first")
     return path
 
@@ -223,11 +229,19 @@ def partial_folder(output: Path) -> Iterator[Path]:
         yield partial
         (partial / MARKER).unlink()
         sync(partial)
-        partial.rename(output)
-        sync(output.absolute().parent)
+        _put_in_place(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename the finished folder, durably."""
+    try:
+        partial.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be made ({error.strerror}); give another -o OUT") from error
+    sync(output.absolute().parent)
 
 
 def compress_stage(
@@ -296,6 +310,6 @@ def copy_files(source: Source, folder: Path) -> None:
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder} cannot be copied: {error.strerror}") from error
+        raise write_error(error, folder / Path(error.filename or "").name) from error
     if source.generation_config is not None:
         write_json(folder / "generation_config.json", source.generation_config)

@@ -97,6 +97,7 @@ def make_plan(source: Source, recipe: Recipe, format_module: ModuleType) -> Plan
         raise RecipeError("the recipe has no quantizer; add one such as -m w8a8")
     origins = names_of(source)
     _refuse_incomplete(source, origins)
+    patterns = _pattern_matches(source, recipe)
     keys = {origin.parameter: key for key, origin in origins.items() if origin.parameter and not origin.converted}
     reasons = _reasons(source, recipe, keys)
     targets = {}
@@ -120,7 +121,7 @@ def make_plan(source: Source, recipe: Recipe, format_module: ModuleType) -> Plan
         tuple(reasons),
         unused,
         _renamed(source, origins),
-        _pattern_matches(source, recipe),
+        patterns,
         output,
     )
 

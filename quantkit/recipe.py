@@ -132,8 +132,11 @@ class Recipe:
         seed = values.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise RecipeError(f"seed = {seed!r} in a recipe must be a whole number")
+        dataset = values.get("dataset")
+        if not (dataset is None or _is_json_object(dataset)):
+            raise RecipeError(f"dataset = {dataset!r} in a recipe must be a table of plain values; leave it out")
         recipe = cls.of(values.get("steps", []), values.get("include", ()), values.get("ignore", ()), seed)
-        return cls(recipe.steps, recipe.include, recipe.ignore, seed, values.get("dataset"))
+        return cls(recipe.steps, recipe.include, recipe.ignore, seed, dataset)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
@@ -157,7 +160,24 @@ class Recipe:
 
 def _toml(value: str | int | list[str]) -> str:
     """A TOML value: JSON's strings, numbers and lists are TOML's, but for the character DEL."""
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _is_json_object(value: Any) -> bool:
+    """Whether JSON can say a value, and it is a table (TOML knows dates, which JSON doesn't)."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, dict)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file; a name that no file system takes is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def recipe_names() -> list[str]:
@@ -174,7 +194,7 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     path = Path(name_or_file)
     if str(name_or_file) in recipe_names():
         path = RECIPE_FOLDER / f"{name_or_file}.toml"
-    elif not path.is_file():
+    elif not _is_file(path):
         raise RecipeError(
             f"recipe {str(name_or_file)!r} is neither a file nor one of {', '.join(recipe_names())}; "
             "give one of these names or the path of a .toml or .json file"
@@ -186,7 +206,10 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
         raise RecipeError(f"recipe {path} cannot be read as TOML or JSON: {error}; mend the file") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} holds {type(values).__name__}, not a table with `steps`; mend the file")
-    return Recipe.from_dict(values)
+    try:
+        return Recipe.from_dict(values)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
 
 
 def check_pattern(pattern: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from quantkit.errors import RecipeError
 
 WEIGHT_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
+WEIGHT_RANGES = ("absmax", "mse")
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class Scheme:
                 f"activations in {self.activation_dtype} cannot meet weights in {self.weight_dtype}: give both the "
                 "same dtype, or quantize weights only"
             )
-        if self.group_size is not None and (self.group_size < 1 or self.activation_dtype is not None):
+        size = self.group_size
+        is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        if size is not None and (not is_count or self.activation_dtype is not None):
             raise RecipeError(
-                f"group size {self.group_size} needs to be positive, and activations in float; "
+                f"group size {size!r} needs to be a positive whole number, and activations in float; "
                 "leave it out for one scale a row"
             )
+        if self.weight_range not in WEIGHT_RANGES:
+            raise RecipeError(f"weight range {self.weight_range!r} is unknown; use one of {', '.join(WEIGHT_RANGES)}")
 
     @property
     def bits(self) -> int:

@@ -97,8 +97,10 @@ def _shards(folder: Path) -> Iterator[tuple[Path, list[str] | None]]:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards: dict[str, list[str]] = {}
             for name, shard in weight_map.items():
+                if not isinstance(shard, str):
+                    raise TypeError(f"{shard!r} is no file name")
                 shards.setdefault(shard, []).append(name)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index} is not an index of shards ({error!r}); download it again") from error
         for shard, names in sorted(shards.items()):
             if Path(shard).name != shard:
@@ -161,13 +163,18 @@ class ShardWriter:
         self._shards: list[tuple[Path, list[str]]] = []
         self._waiting: dict[str, torch.Tensor] = {}
         self._waiting_bytes = 0
+        self._storages: set[int] = set()
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take these tensors; write a shard whenever the next one would be larger than the limit."""
         for name, tensor in tensors.items():
             if self._waiting and self._waiting_bytes + tensor.nbytes > self.max_shard_bytes:
                 self._write_waiting()
-            self._waiting[name] = tensor.detach().cpu().contiguous()
+            kept = tensor.detach().cpu().contiguous()
+            storage = kept.untyped_storage().data_ptr()
+            # safetensors refuses tensors that share memory.
+            self._waiting[name] = kept.clone() if storage in self._storages else kept
+            self._storages.add(storage)
             self._waiting_bytes += tensor.nbytes
 
     def flush(self) -> None:
@@ -176,7 +183,7 @@ class ShardWriter:
             self._write_waiting()
 
     def _write_waiting(self) -> None:
-        waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
+        waiting, self._waiting, self._waiting_bytes, self._storages = self._waiting, {}, 0, set()
         self._write_one(waiting)
 
     def _write_one(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -185,7 +192,7 @@ class ShardWriter:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except (SafetensorError, OSError) as error:
-            raise _write_error(error, path) from error
+            raise write_error(error, path) from error
         sync(temporary)
         temporary.replace(path)
         for name, tensor in tensors.items():
@@ -208,8 +215,8 @@ class ShardWriter:
             write_json(self.folder / INDEX, index)
 
 
-def _write_error(error: Exception, path: Path) -> CheckpointError:
-    """The sentence for a failed write; a full disk is told as one."""
+def write_error(error: Exception, path: Path) -> CheckpointError:
+    """The error for a failed write; a full disk is told as one."""
     text = str(error)
     full = getattr(error, "errno", None) == 28 or "No space left" in text or "os error 28" in text
     if full:
@@ -223,7 +230,7 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         sync(path)
     except OSError as error:
-        raise _write_error(error, path) from error
+        raise write_error(error, path) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -237,6 +244,6 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        raise _write_error(error, path) from error
+        raise write_error(error, path) from error
     finally:
         os.close(handle)

@@ -124,8 +124,8 @@ def read(
         return _interpret(_file_rows(path, column), column, text)
     if _looks_like_a_path(text):
         raise DataError(f"{text} doesn't exist: give a {', '.join(ENDINGS[:4])} file or a save_to_disk folder")
-    parts = text.split(":")
-    if parts[0].count("/") != 1 or len(parts) > 3 or not all(parts):
+    parts = text.split(":", 2)  # a split may hold colons: train[:10%]
+    if parts[0].count("/") != 1 or not all(parts):
         raise DataError(
             f"{text!r} is no known data set: give a file, a folder, one of {', '.join(KNOWN)}, or a data set of the "
             "hub as org/name[:config[:split]]"

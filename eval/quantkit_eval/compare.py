@@ -42,7 +42,7 @@ class Comparison:
                 f"{tuple(targets_n.shape)}: expected [N, V], [N, V], [N]"
             )
         device = model_nv.device
-        for rows in row_chunks(*model_nv.shape):
+        for rows in row_chunks(model_nv):
             base, model = baseline_nv[rows].to(device), model_nv[rows]
             self._agreed += int((base.argmax(-1) == model.argmax(-1)).sum())
             log_p, log_q = base.double().log_softmax(-1), model.double().log_softmax(-1)

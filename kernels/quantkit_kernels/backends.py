@@ -1,8 +1,8 @@
 """Which implementation an op runs: chosen by argument, never by environment, never in silence.
 
-"auto" takes a Triton kernel where there is one for the op and dtype and the tensors are on a CUDA device, and
-torch everywhere else; which of the two that is depends on nothing but op, dtype, device and whether Triton is
-installed. "torch" and "triton" are orders: what cannot be obeyed raises.
+"auto" takes a Triton kernel where there is one for the op and dtype, Triton is installed and the tensors are on a
+CUDA device; else torch. "torch" means torch code: the CPU's own where there is one, the generic one elsewhere.
+"triton" is an order: where it cannot be obeyed it raises and says why.
 """
 
 import functools

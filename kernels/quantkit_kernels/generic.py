@@ -54,7 +54,11 @@ def scaled_mm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """Return the scaled product [M, N]: integers exactly, fp8 decoded to float32 and multiplied there."""
-    acc = int_mm(a, b) if a.dtype == torch.int8 else a.float() @ b.float().t()
+    acc = (
+        int_mm(a, b)
+        if a.dtype == torch.int8
+        else formats.decode(a, torch.float32) @ formats.decode(b, torch.float32).t()
+    )
     return epilogue(acc, a_scale, b_scale, bias, out_dtype)
 
 

@@ -139,7 +139,8 @@ def launch(
     a, b = _contiguous_rows(a), _contiguous_rows(b)
     config = config or tile_config(tokens, _aligned(a) and _aligned(b))
     programs = triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n)
-    with torch.cuda.device_of(a):  # Triton launches on the current device; no effect on CPU tensors
+    # Triton launches on the current device; for CPU tensors (the interpreter) this changes nothing
+    with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
         int8_scaled_mm_kernel[(programs,)](
             a,
             b,

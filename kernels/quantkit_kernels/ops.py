@@ -107,7 +107,7 @@ def linear_weight_only(
     Args:
         x: [..., K], float32, bfloat16 or float16; any strides and leading dimensions.
         weight: [N, K], fp8 or int8.
-        weight_scale: [N, 1], any float dtype.
+        weight_scale: [N, G], any float dtype; G divides K.
         bias: [N], any float dtype (cast to x's), or None.
         backend: "auto", "torch" or "triton".
 
@@ -226,13 +226,22 @@ def _linear_dynamic(
 def _linear_weight_only(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
-    _check_linear(x, weight, weight_scale, bias)
+    _check_linear(x, weight, weight_scale, bias, _groups(weight_scale, weight.shape[-1]))
     select_backend("linear_weight_only", weight.dtype, x.device, backend)
     return generic.linear_weight_only(x, weight, weight_scale, bias).contiguous()
 
 
-def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
+def _linear_dynamic_fake(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
+) -> Tensor:
     _check_linear(x, weight, weight_scale, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_weight_only_fake(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
+) -> Tensor:
+    _check_linear(x, weight, weight_scale, bias, _groups(weight_scale, weight.shape[-1]))
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -296,11 +305,11 @@ def _check_int32_sum(codes: Tensor) -> None:
         )
 
 
-def _check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+def _check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, groups: int = 1) -> None:
     if weight.dtype not in formats.QMAX or weight.ndim != 2:
         raise KernelError(f"weight is {_shape(weight)}: expected [N, K] in int8, float8_e4m3fn or float8_e5m2")
     _check_x(x, weight.shape[1])
-    _check_scale_and_bias(weight_scale, bias, weight.shape[0], 1)
+    _check_scale_and_bias(weight_scale, bias, weight.shape[0], groups)
     _check_devices(x, weight, weight_scale, bias)
 
 
@@ -316,11 +325,16 @@ def _check_packed(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: 
             f"and {bits} bits"
         )
     _check_x(x, x.shape[-1])
-    groups = weight_scale.shape[-1] if weight_scale.ndim == 2 else 0
-    if groups < 1 or x.shape[-1] % groups:
-        raise KernelError(f"weight_scale is {_shape(weight_scale)}: expected [N, G], G dividing K = {x.shape[-1]}")
-    _check_scale_and_bias(weight_scale, bias, weight_packed.shape[0], groups)
+    _check_scale_and_bias(weight_scale, bias, weight_packed.shape[0], _groups(weight_scale, x.shape[-1]))
     _check_devices(x, weight_packed, weight_scale, bias)
+
+
+def _groups(weight_scale: Tensor, in_features: int) -> int:
+    """Return G of a scale [N, G] that divides K, or raise KernelError."""
+    groups = weight_scale.shape[-1] if weight_scale.ndim == 2 else 0
+    if groups < 1 or in_features % groups:
+        raise KernelError(f"weight_scale is {_shape(weight_scale)}: expected [N, G], G dividing K = {in_features}")
+    return groups
 
 
 def _check_x(x: Tensor, in_features: int) -> None:
@@ -351,8 +365,8 @@ def _register() -> None:
     implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
         "quantize_per_token": (_quantize_per_token, _quantize_per_token_fake),
         "scaled_mm": (_scaled_mm, _scaled_mm_fake),
-        "linear_dynamic": (_linear_dynamic, _linear_fake),
-        "linear_weight_only": (_linear_weight_only, _linear_fake),
+        "linear_dynamic": (_linear_dynamic, _linear_dynamic_fake),
+        "linear_weight_only": (_linear_weight_only, _linear_weight_only_fake),
         "linear_weight_only_packed": (_linear_weight_only_packed, _linear_weight_only_packed_fake),
     }
     for name, (implementation, fake) in implementations.items():

@@ -9,6 +9,7 @@ scales a row.
 
 import functools
 import math
+import struct
 
 import torch
 from torch import Tensor
@@ -88,11 +89,11 @@ def linear_dynamic(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
 def decoded_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weight [N, K] in float64, each product rounded to the scale's dtype, then to `dtype`."""
     out_features, in_features = codes.shape
-    weight = torch.zeros(codes.shape, dtype=torch.float64)
-    for n in range(out_features):
-        for k in range(in_features):
-            group = k * scale.shape[1] // in_features
-            weight[n, k] = codes[n, k].double() * scale[n, group].double()
+    numbers, scales, groups = codes.double().tolist(), scale.double().tolist(), scale.shape[1]
+    products = [
+        [numbers[n][k] * scales[n][k * groups // in_features] for k in range(in_features)] for n in range(out_features)
+    ]
+    weight = torch.tensor(products, dtype=torch.float64).view(out_features, in_features)
     return weight.to(scale.dtype).to(dtype).double()
 
 
@@ -121,4 +122,4 @@ def linear_weight_only_packed(
 
 def _float32(value: float) -> float:
     """Return the number rounded to float32."""
-    return torch.tensor(value, dtype=torch.float64).float().item()
+    return float(struct.unpack("f", struct.pack("f", value))[0])

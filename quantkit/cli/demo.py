@@ -2,7 +2,7 @@
 
 import click
 
-from quantkit.cli.options import device_option, json_option, quiet_transformers
+from quantkit.cli.options import device_option, json_option
 
 COLUMNS = ("recipe", "bits/weight", "bytes", "perplexity", "KL", "top-1", "quantize s", "eval s")
 
@@ -18,6 +18,7 @@ def command(output: str | None, max_tokens: int, device: str, as_json: bool) -> 
     The model (3 million parameters) was trained on the documentation that comes with CPython; it is evaluated on the
     part of it that was held out. Nothing is downloaded.
     """
+    from quantkit.checkpoint import quiet_transformers
     from quantkit.demonstration import demonstrate
 
     quiet_transformers()

@@ -4,35 +4,29 @@ from typing import Any
 
 import click
 
+from quantkit.cli.options import (
+    SPEC_HELP,
+    backend_option,
+    data_dir_option,
+    device_option,
+    hub_options,
+    json_option,
+)
+
 
 @click.command("eval")
 @click.argument("model")
-@click.option(
-    "--dataset",
-    required=True,
-    metavar="SPEC",
-    help="A .txt, .jsonl, .json or .parquet file (FILE:field for a field other than text or messages), a save_to_disk "
-    "folder, a known name (wikitext2, c4, ptb, lambada, demo), or a hub data set as org/name[:config[:split]].",
-)
+@click.option("--dataset", required=True, metavar="SPEC", help=SPEC_HELP)
 @click.option("--baseline", metavar="BASE", help="The float model to compare with, on the same tokens.")
 @click.option("--seq-len", type=int, metavar="N", help="Tokens of a window. [default: 2048, or the model's context]")
 @click.option("--max-tokens", type=int, metavar="N", help="Read only so many tokens from the start.")
 @click.option("--batch-size", type=int, metavar="N", help="Windows at once. [default: some 2048 tokens of them]")
 @click.option("--tasks", metavar="A,B", help="Tasks of lm-eval. Not available in this version.")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "triton", "torch"]),
-    default="auto",
-    show_default=True,
-    help="What compressed layers run on.",
-)
-@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-@click.option("--data-dir", metavar="DIR", help="Where known data sets lie, as DIR/NAME/.")
-@click.option("--revision", metavar="REVISION", help="The model's branch, tag or commit on the hub.")
-@click.option("--token", metavar="TOKEN", help="Access token for the hub.")
-@click.option("--cache-dir", metavar="DIR", help="The hub's cache.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the model's folder run its own Python code.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@backend_option
+@device_option
+@data_dir_option
+@hub_options
+@json_option
 def command(model: str, dataset: str, tasks: str | None, as_json: bool, **options: Any) -> None:
     """Measure MODEL on a text: perplexity ± standard error, or last-word accuracy.
 

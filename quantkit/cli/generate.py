@@ -2,7 +2,7 @@
 
 import click
 
-from quantkit.cli.options import backend_option, device_option, hub_options, quiet_transformers
+from quantkit.cli.options import backend_option, device_option, hub_options
 
 
 @click.command("generate")
@@ -30,7 +30,7 @@ def command(
     trust_remote_code: bool,
 ) -> None:
     """Print what OUT (a folder or hub id, compressed or not) says after a prompt."""
-    from quantkit.checkpoint import Hub
+    from quantkit.checkpoint import Hub, quiet_transformers
     from quantkit.generation import complete
 
     quiet_transformers()

@@ -2,7 +2,7 @@
 
 import click
 
-from quantkit.cli.options import hub_options, json_option, quiet_transformers
+from quantkit.cli.options import hub_options, json_option
 
 
 @click.command("inspect")
@@ -22,7 +22,7 @@ def command(
     Every tensor must be there with the shape and dtype that the config asks for, and every scale positive and finite.
     Exits with 1 when something is wrong.
     """
-    from quantkit.checkpoint import Hub
+    from quantkit.checkpoint import Hub, quiet_transformers
     from quantkit.inspection import inspect_checkpoint
 
     quiet_transformers()

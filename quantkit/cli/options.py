@@ -38,11 +38,3 @@ SPEC_HELP = (
     "A .txt, .jsonl, .json or .parquet file (FILE:field for a field other than text or messages), a save_to_disk "
     "folder, a known name (wikitext2, c4, ptb, lambada, demo), or a hub data set as org/name[:config[:split]]."
 )
-
-
-def quiet_transformers() -> None:
-    """Turn off transformers' own progress bars; ours say what matters."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

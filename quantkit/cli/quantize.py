@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import SPEC_HELP, data_dir_option, device_option, hub_options, json_option, quiet_transformers
+from quantkit.cli.options import SPEC_HELP, data_dir_option, device_option, hub_options, json_option
 
 
 @click.command("quantize")
@@ -44,6 +44,7 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     quantkit quantize path/of/model -o OUT -m w8a8
     quantkit quantize org/name -o OUT -m int8:group=128,weight_range=mse --ignore '*.down_proj'
     """
+    from quantkit.checkpoint import quiet_transformers
     from quantkit.pipeline import quantize
 
     quiet_transformers()

@@ -31,7 +31,10 @@ def choose(scheme: Scheme, name: str = "auto") -> ModuleType:
         RecipeError: the format is unknown, or can't say the scheme.
     """
     if name == "auto":
-        return next(module for module in FORMATS.values() if module.reason_against(scheme) is None)
+        for module in FORMATS.values():
+            if module.reason_against(scheme) is None:
+                return module
+        raise RecipeError(f"no format here can hold {scheme.label}; use one of the recipes of `quantkit methods`")
     if name not in FORMATS:
         raise RecipeError(f"format {name!r} is unknown; use auto, {', '.join(FORMATS)}")
     reason = FORMATS[name].reason_against(scheme)
@@ -40,18 +43,18 @@ def choose(scheme: Scheme, name: str = "auto") -> ModuleType:
     return FORMATS[name]
 
 
-def of_config(config: dict[str, Any], where: str) -> ModuleType:
+def of_config(config: Any, where: str) -> ModuleType:
     """The format of a checkpoint's `quantization_config`.
 
     Raises:
         CheckpointError: no format here reads it.
     """
-    method = config.get("quant_method")
-    if method not in FORMATS:
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    if not isinstance(method, str) or method not in FORMATS:
         raise CheckpointError(
             f"{where} is compressed as {method!r}, which quantkit {_readable()}; load it with the software that wrote it"
         )
-    return FORMATS[str(method)]
+    return FORMATS[method]
 
 
 def _readable() -> str:

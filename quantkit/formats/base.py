@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.errors import CheckpointError
 from quantkit.scheme import Scheme
 
 
@@ -45,6 +46,24 @@ class Layout:
         if named(module, self.ignore, class_name):
             return None
         return next((group.scheme for group in self.groups if named(module, group.targets, class_name)), None)
+
+
+def checked_targets(values: object, where: str) -> tuple[str, ...]:
+    """A config's list of targets or ignored modules.
+
+    Raises:
+        CheckpointError: it is no list of names, or a regex in it is broken.
+    """
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise CheckpointError(f"{where} of quantization_config is {values!r}, not a list of names; mend config.json")
+    for value in values:
+        try:
+            re.compile(value[3:] if value.startswith("re:") else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(
+                f"{where} of quantization_config holds {value!r}, no regular expression ({error}); mend config.json"
+            ) from error
+    return tuple(values)
 
 
 def named(module: str, targets: Sequence[str], class_name: str) -> bool:

@@ -18,7 +18,7 @@ import torch
 from quantkit_kernels.formats import pack_int32, unpack_int32
 
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.formats.base import Group, Layout, TensorSpec
+from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets
 from quantkit.scheme import Scheme
 
 NAME = "compressed-tensors"
@@ -116,24 +116,25 @@ def parse(config: Mapping[str, Any]) -> Layout:
         CheckpointError: a scheme that quantkit doesn't read, or a config that isn't one.
     """
     groups = config.get("config_groups")
-    ignore = config.get("ignore") or []
-    if not isinstance(groups, Mapping) or not isinstance(ignore, list):
+    ignore = checked_targets(config.get("ignore") or [], "ignore")
+    if not isinstance(groups, Mapping):
         raise CheckpointError("quantization_config has no config_groups; it isn't a compressed-tensors checkpoint")
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if config.get(key) and config[key] != {"format": "dense"}:
             raise CheckpointError(f"quantization_config uses {key}, which quantkit doesn't read yet")
     found = []
     for name, group in groups.items():
-        if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
-            raise CheckpointError(f"quantization_config's group {name!r} has no targets")
+        if not isinstance(group, Mapping):
+            raise CheckpointError(f"quantization_config's group {name!r} is no table; mend config.json")
+        targets = checked_targets(group.get("targets"), f"targets in group {name!r}")
         scheme = _scheme_of(str(name), group)
         stored = group.get("format") or config.get("format")
         if stored != format_name(scheme):
             raise CheckpointError(
                 f"group {name!r} is stored as {stored!r}; quantkit reads {format_name(scheme)!r} for it"
             )
-        found.append(Group(scheme, tuple(str(target) for target in group["targets"])))
-    return Layout(tuple(found), tuple(str(item) for item in ignore))
+        found.append(Group(scheme, targets))
+    return Layout(tuple(found), ignore)
 
 
 def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
@@ -142,17 +143,26 @@ def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
     weights = weights if isinstance(weights, Mapping) else {}
     kinds = {"int 8": "int8", "float 8": "float8_e4m3fn"}
     kind = kinds.get(f"{weights.get('type')} {weights.get('num_bits')}")
-    known = kind is not None and weights.get("symmetric", True) and weights.get("strategy") in ("channel", "group")
-    if isinstance(activations, Mapping):
-        known = known and activations.get("strategy") == "token" and bool(activations.get("dynamic"))
-        known = known and all(activations.get(key) == weights.get(key) for key in ("type", "num_bits"))
+    grouped = weights.get("strategy") == "group"
+    known = kind is not None and (grouped or weights.get("strategy") == "channel")
+    known = known and weights.get("symmetric", True) is True and not weights.get("actorder")
+    known = known and (not grouped or weights.get("group_size") is not None)
+    if activations:
+        known = known and isinstance(activations, Mapping) and _is_per_token(activations, weights)
     if not known or group.get("output_activations"):
         raise CheckpointError(
             f"quantization_config's group {name!r} has a scheme that quantkit doesn't read "
             "(it reads symmetric 8-bit weights by channel or group, with activations in float or 8-bit per token)"
         )
-    size = weights.get("group_size") if weights.get("strategy") == "group" else None
+    size = weights.get("group_size") if grouped else None
     try:
         return Scheme(str(kind), size, activation_dtype=str(kind) if activations else None)
     except RecipeError as error:
         raise CheckpointError(f"quantization_config's group {name!r}: {error}") from error
+
+
+def _is_per_token(activations: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
+    """Whether activations are quantized per token when the model runs, symmetrically, to the weights' kind of number."""
+    same = all(activations.get(key) == weights.get(key) for key in ("type", "num_bits"))
+    symmetric = activations.get("symmetric", True) is True
+    return same and symmetric and activations.get("strategy") == "token" and activations.get("dynamic") is True

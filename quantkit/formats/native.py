@@ -1,7 +1,7 @@
-"""quantkit's own format, version 1: holds every scheme, loads with quantkit only. Described in docs/formats.md.
+"""quantkit's own format, version 1: holds E5M2, loads with quantkit only. Described in docs/formats.md.
 
 A linear layer's tensors are `weight` int32 [N, ceil(K/4)], the bytes of its codes (two's complement, E4M3 or E5M2),
-element 0 in the lowest byte, rows padded with zero bytes; and `weight_scale` [N, G] in the dtype of the weight that it
+element 0 in the lowest byte, rows padded with zero bytes; and `weight_scale` [N, 1] in the dtype of the weight that it
 replaces. The name `weight` is kept on purpose with another shape: software that doesn't know the format stops there,
 instead of running codes as if they were weights.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.formats.base import Group, Layout, TensorSpec
+from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets
 from quantkit.scheme import Scheme
 
 NAME = "quantkit"
@@ -21,7 +21,9 @@ VERSION = 1
 
 
 def reason_against(scheme: Scheme) -> str | None:
-    """None: this format can say every scheme."""
+    """Why this format can't say the scheme, or None."""
+    if scheme.group_size is not None:
+        return "it has one scale a row (no op multiplies by bytes in groups), and the recipe asks for groups"
     return None
 
 
@@ -32,15 +34,14 @@ def is_packed(scheme: Scheme) -> bool:
 
 def tensor_specs(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
     """What is stored for a linear layer [N, K] whose float weight has this dtype."""
-    groups = 1 if scheme.group_size is None else in_features // scheme.group_size
     return {
         "weight": TensorSpec((out_features, -(-in_features // 4)), torch.int32),
-        "weight_scale": TensorSpec((out_features, groups), dtype),
+        "weight_scale": TensorSpec((out_features, 1), dtype),
     }
 
 
 def compress(scheme: Scheme, codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Codes [N, K] and scale [N, G] as they are stored."""
+    """Codes [N, K] and scale [N, 1] as they are stored."""
     padding = -codes.shape[1] % 4
     words = F.pad(codes.contiguous().view(torch.uint8), (0, padding)).contiguous().view(torch.int32)
     return {"weight": words, "weight_scale": scale}
@@ -49,7 +50,7 @@ def compress(scheme: Scheme, codes: torch.Tensor, scale: torch.Tensor) -> dict[s
 def decompress(
     scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K], a view of the stored words, and scale [N, G]."""
+    """Codes [N, K], a view of the stored words, and scale [N, 1]."""
     codes = tensors["weight"].view(getattr(torch, scheme.weight_dtype))
     return codes[:, :in_features], tensors["weight_scale"]
 
@@ -71,11 +72,19 @@ def parse(config: Mapping[str, Any]) -> Layout:
             f"the checkpoint is in version {config.get('version')!r} of quantkit's format and this quantkit reads "
             f"version {VERSION}; use a quantkit that knows it"
         )
+    groups = config.get("groups")
+    if not isinstance(groups, list):
+        raise CheckpointError(f"groups of quantization_config is {groups!r}, not a list; mend config.json")
     found = []
-    for group in config.get("groups") or []:
+    for group in groups:
         try:
-            scheme = Scheme(**group["scheme"])
-            found.append(Group(scheme, tuple(str(module) for module in group["modules"])))
+            scheme, modules = Scheme(**group["scheme"]), group["modules"]
         except (TypeError, KeyError, RecipeError) as error:
-            raise CheckpointError(f"a group of quantization_config cannot be read: {error}") from error
+            raise CheckpointError(
+                f"a group of quantization_config cannot be read ({error}); mend config.json"
+            ) from error
+        reason = reason_against(scheme)
+        if reason is not None:
+            raise CheckpointError(f"a group of quantization_config cannot be read: {reason}; mend config.json")
+        found.append(Group(scheme, checked_targets(modules, "modules")))
     return Layout(tuple(found))

@@ -1,0 +1,104 @@
+"""Fixtures of all tests: tiny models and their compressed copies, made once a session."""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from click.testing import Result
+
+TESTS = Path(__file__).parent
+
+# pytest puts this folder on sys.path. There tests/quantkit would hide the package of an editable install, and
+# tests/kernels pass for the hub's package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry) != TESTS]
+
+
+class _Models:
+    """Lets tests `import models` (models.py beside this file)."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Where that one module lies."""
+        return spec_from_file_location(name, TESTS / "models.py") if name == "models" else None
+
+
+sys.meta_path.append(_Models)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real data sets, laid out as DIR/NAME/."""
+    folder = os.environ.get("QUANTKIT_DATA")
+    if not folder:
+        pytest.skip("QUANTKIT_DATA names no folder of data sets (DIR/wikitext2/ and so on)")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the tiny model of a name in `models.BUILDERS`. Not to be changed: copy it."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str = "llama") -> Path:
+        import models
+
+        if name not in made:
+            made[name] = models.BUILDERS[name](tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Callable[..., Path]:
+    """The folder of a tiny model compressed by a bundled recipe. Not to be changed: copy it."""
+    from quantkit import quantize
+
+    made: dict[tuple[str, str, str], Path] = {}
+
+    def folder(recipe: str = "w8a8", name: str = "llama", form: str = "auto") -> Path:
+        if (recipe, name, form) not in made:
+            output = tmp_path_factory.mktemp("compressed") / f"{recipe}-{name}"
+            quantize(model_folder(name), output, recipe=recipe, format=form, progress=False)
+            made[recipe, name, form] = output
+        return made[recipe, name, form]
+
+    return folder
+
+
+@pytest.fixture
+def cli() -> Callable[..., "Result"]:
+    """Runs the command line in this process."""
+    from click.testing import CliRunner
+
+    from quantkit.cli import main
+
+    return lambda *words: CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def mistake(cli: Callable[..., "Result"]) -> Callable[..., str]:
+    """Runs a command line that must fail, and gives its one sentence, which holds all the words asked for."""
+
+    def run(*words: object, says: tuple[str, ...] = ()) -> str:
+        result = cli(*words)
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert "Traceback" not in result.stderr
+        progress = ("quantizing: ", "verifying: ")
+        lines = [line for line in result.stderr.splitlines() if not line.startswith(progress)]
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("Error: ")
+        for word in says:
+            assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+        return lines[0]
+
+    return run

@@ -1,0 +1,168 @@
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import models
+import pytest
+
+from quantkit import __version__
+from quantkit.cli import main
+from quantkit.methods import METHODS
+from quantkit.recipe import recipe_names
+
+HEAVY = ("torch", "transformers", "safetensors", "numpy", "datasets", "huggingface_hub", "triton", "accelerate")
+
+
+def test_no_help_imports_anything_heavy():
+    """All commands' help in one process of its own; `sys.modules` tells what was imported."""
+    code = (
+        "import json, sys\n"
+        "from click.testing import CliRunner\n"
+        "from quantkit.cli import main\n"
+        "results = [CliRunner().invoke(main, words) for words in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([[r.exit_code for r in results], sorted(sys.modules)]))\n"
+    )
+    words = [["--help"], ["-h"], ["--version"], ["methods"], *([name, "--help"] for name in main.commands)]
+    command = [sys.executable, "-P", "-c", code, json.dumps(words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    codes, imported = json.loads(result.stdout)
+    assert codes == [0] * len(words)
+    assert not set(HEAVY) & set(imported)
+
+
+def test_importing_quantkit_imports_nothing_heavy():
+    code = "import sys, quantkit; quantkit.__version__; print('\\n'.join(sys.modules))"
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert not set(HEAVY) & set(result.stdout.split())
+
+
+def seconds(code):
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-P", "-c", code], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - started
+
+
+def test_help_takes_less_than_300_ms_more_than_python_itself():
+    """The median of five pairs; a busy machine gets four chances."""
+    code = "import sys; sys.argv = ['quantkit', '--help']; from quantkit.cli import main; main()"
+    found = []
+    for _ in range(4):
+        found.append(statistics.median(seconds(code) - seconds("pass") for _ in range(5)))
+        if found[-1] < 0.3:
+            return
+    pytest.fail(f"quantkit --help takes {min(found):.3f} s beyond Python's own start")
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_every_command_and_option_is_described(cli, name):
+    command = main.commands[name]
+    result = cli(name, "--help")
+    assert result.exit_code == 0
+    assert command.help
+    for option in command.params:
+        if option.param_type_name == "option":
+            assert option.help or option.name == "max_new_tokens", f"{name} {option.opts} has no help"
+            assert option.opts[-1] in result.stdout
+
+
+def test_flags_are_the_keywords_of_the_function():
+    import inspect
+
+    from quantkit import quantize
+
+    keywords = set(inspect.signature(quantize).parameters)
+    flags = {option.name for option in main.commands["quantize"].params}
+    assert flags - keywords == {"as_json"}
+    assert keywords - flags == {"tokenizer", "progress"}
+
+
+def test_the_version(cli):
+    assert cli("--version").stdout == f"quantkit, version {__version__}\n"
+
+
+def test_methods_lists_every_step_with_parameters_and_paper(cli):
+    text, values = cli("methods").stdout, json.loads(cli("methods", "--json").stdout)
+    assert [step["name"] for step in values["steps"]] == list(METHODS)
+    assert list(values["recipes"]) == recipe_names()
+    for step in values["steps"]:
+        assert step["paper"] in text
+        for parameter in step["parameters"]:
+            assert f"{parameter['name']}={'|'.join(parameter['values'])}" in text
+    assert all(name in text for name in recipe_names())
+
+
+def test_quantize_says_what_it_did(cli, model_folder, tmp_path):
+    result = cli("quantize", model_folder(), "-o", tmp_path / "out", "--recipe", "w8a8")
+    assert result.exit_code == 0
+    assert f"written to {tmp_path / 'out'}" in result.stdout
+    assert "14 linear layers" in result.stdout
+    assert "quantizing" in result.stderr
+
+
+def test_json_is_all_there_is_on_stdout(cli, model_folder, tmp_path):
+    result = cli("quantize", model_folder(), "-o", tmp_path / "out", "-m", "w8a8", "--json")
+    stored = json.loads((tmp_path / "out" / "quantkit_report.json").read_text())
+    assert json.loads(result.stdout) == stored
+    found = json.loads(cli("inspect", tmp_path / "out", "--json").stdout)
+    assert (found["problems"], found["nbytes"]) == ([], stored["bytes_after"])
+
+
+def test_json_and_the_note_on_an_unused_data_set_in_a_process_of_its_own(model_folder, tmp_path):
+    """As a user sees them: pure JSON on stdout; on stderr the note, then progress, and nothing of transformers."""
+    words = ["quantize", str(model_folder()), "-o", str(tmp_path / "out"), "-m", "w8a8", "--json"]
+    words += ["--dataset", "nowhere.txt"]
+    code = "from quantkit.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code, *words], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    assert json.loads(result.stdout)["recipe"]["dataset"] is None
+    lines = result.stderr.splitlines()
+    assert lines[0] == "quantkit: --dataset nowhere.txt is unused: no step of this recipe observes data"
+    assert [line.split(":")[0] for line in lines[1:]] == ["quantizing", "verifying"]
+
+
+def test_inspect_shows_one_screen(cli, compressed):
+    result = cli("inspect", compressed("w8a8"))
+    assert result.exit_code == 0
+    assert "int8, activations per token" in result.stdout
+    assert "14 linear layers" in result.stdout
+    assert "no problem found" in result.stdout
+    assert result.stderr == ""
+
+
+def test_generate_prints_the_text_alone(cli, compressed):
+    result = cli("generate", compressed("w8a8"), "--prompt", "ab", "--max-new-tokens", 3, "--device", "cpu")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("ab")
+    assert result.stderr == ""
+
+
+def test_a_bug_of_ours_is_no_sentence(cli, model_folder, monkeypatch, tmp_path):
+    """An exception that nobody understands goes through as it is."""
+
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("quantkit.pipeline.quantize", fail)
+    result = cli("quantize", model_folder(), "-o", tmp_path / "out", "-m", "w8a8")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_a_sentence_is_one_line(mistake, model_folder, monkeypatch, tmp_path):
+    from quantkit.errors import QuantkitError
+
+    def fail(*_, **__):
+        raise QuantkitError("one\n  two")
+
+    monkeypatch.setattr("quantkit.pipeline.quantize", fail)
+    assert mistake("quantize", model_folder(), "-o", tmp_path / "out") == "Error: one two"
+
+
+def test_names_on_disk_can_be_of_any_script(cli, model_folder, tmp_path):
+    folder = models.copy(model_folder(), tmp_path / "größe 模型")
+    result = cli("quantize", folder, "-o", tmp_path / "Ausgabe ü", "-m", "w8a8", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["model"] == str(folder)

@@ -1,0 +1,109 @@
+import json
+
+import models
+import pytest
+import torch
+
+from quantkit.checkpoint import read_config
+from quantkit.inspection import inspect_checkpoint
+from quantkit.recipe import recipe_names
+
+LAYER = "model.layers.1.mlp.up_proj"
+CLEAN = [(recipe, "llama") for recipe in recipe_names()]
+CLEAN += [("w8a8", n) for n in ("llama_tied", "llama_bf16", "llama_odd", "llama_unused", "llama_second_name", "opt")]
+CLEAN += [("w8a8", "opt_short_names"), ("w8a8", "mixtral"), ("fp8-e5m2", "llama_odd"), ("int8", "llama_odd")]
+
+
+@pytest.mark.parametrize(("recipe", "name"), CLEAN)
+def test_what_quantize_wrote_has_no_problem_and_the_reports_numbers(compressed, recipe, name):
+    folder = compressed(recipe, name)
+    found, report = inspect_checkpoint(folder), json.loads((folder / "quantkit_report.json").read_text())
+    tensors = models.read_tensors(folder)
+    assert found.problems == []
+    assert found.format == report["format"]
+    assert found.nbytes == report["bytes_after"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert found.tensors == {
+        key: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for key, tensor in tensors.items()
+    }
+    assert sum(found.dtypes.values()) == found.nbytes
+    counts = {count.scheme: count for count in found.schemes}
+    count = counts[report["layers"][0]["scheme"]]
+    assert count.layers == len(report["layers"])
+    assert count.weights == sum(layer["shape"][0] * layer["shape"][1] for layer in report["layers"])
+    assert count.bits_per_weight == pytest.approx(report["bits_per_weight"], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_sharded", "llama_unused", "opt", "gpt2", "mixtral"])
+def test_a_float_checkpoint_has_no_problem(model_folder, name):
+    found = inspect_checkpoint(model_folder(name))
+    assert (found.format, found.problems) == ("float", [])
+
+
+def test_a_bf16_checkpoints_float_layers_take_16_bits(model_folder):
+    found = inspect_checkpoint(model_folder("llama_bf16"))
+    assert [(count.scheme, count.layers, count.bits_per_weight) for count in found.schemes] == [("float", 15, 16.0)]
+
+
+def spoiled(key, change):
+    return lambda tensors: tensors | {key: change(tensors[key])}
+
+
+def dropped(key):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name != key}
+
+
+def one_value(value):
+    def change(tensor):
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+SCALE, WEIGHT = f"{LAYER}.weight_scale", f"{LAYER}.weight"
+TAMPERINGS = {
+    "scale dropped": ("w8a8", dropped(SCALE), f"no tensor makes '{SCALE}'"),
+    "weight dropped": ("w8a8", dropped(WEIGHT), f"no tensor makes '{WEIGHT}'"),
+    "packed dropped": ("int8", dropped(f"{LAYER}.weight_packed"), "weight_packed"),
+    "shape dropped": ("int8", dropped(f"{LAYER}.weight_shape"), "weight_shape"),
+    "norm dropped": ("w8a8", dropped("model.norm.weight"), "'model.norm.weight'"),
+    "weight in float": ("w8a8", spoiled(WEIGHT, torch.Tensor.float), f"'{WEIGHT}' is torch.float32"),
+    "weight in uint8": ("w8a8", spoiled(WEIGHT, lambda t: t.view(torch.uint8)), "torch.uint8 where torch.int8"),
+    "other fp8": ("fp8", spoiled(WEIGHT, lambda t: t.view(torch.float8_e5m2)), "torch.float8_e5m2 where"),
+    "scale in int": ("w8a8", spoiled(SCALE, lambda t: torch.ones_like(t, dtype=torch.int32)), "torch.int32 where"),
+    "scale in double": ("w8a8", spoiled(SCALE, torch.Tensor.double), "torch.float64 where"),
+    "scale's shape": ("w8a8", spoiled(SCALE, lambda t: t.view(-1)), "[256] where [256, 1]"),
+    "weight's shape": ("w8a8", spoiled(WEIGHT, lambda t: t[:, 1:].contiguous()), "[256, 127] where [256, 128]"),
+    "native weight's shape": ("fp8-e5m2", spoiled(WEIGHT, lambda t: t[:, 1:].contiguous()), "[256, 31]"),
+    "scale negative": ("w8a8", spoiled(SCALE, one_value(-1.0)), f"a scale in '{SCALE}' is not"),
+    "scale zero": ("w8a8", spoiled(SCALE, one_value(0.0)), f"a scale in '{SCALE}' is not"),
+    "scale NaN": ("int8-g128", spoiled(SCALE, one_value(float("nan"))), f"a scale in '{SCALE}' is not"),
+    "scale infinite": ("fp8-e5m2", spoiled(SCALE, one_value(float("inf"))), f"a scale in '{SCALE}' is not"),
+    "stored shape": ("int8", spoiled(f"{LAYER}.weight_shape", lambda t: t.flip(0)), "says [128, 256]"),
+    "zero point": ("int8", lambda t: t | {f"{LAYER}.weight_zero_point": torch.ones(1)}, "not part of its layer's"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_every_tampering_is_found_and_exits_1(cli, compressed, tmp_path, name):
+    recipe, change, says = TAMPERINGS[name]
+    folder = models.change_tensors(models.copy(compressed(recipe), tmp_path / "model"), change)
+    problems = inspect_checkpoint(folder).problems
+    assert len(problems) == 1
+    assert says in problems[0]
+    result = cli("inspect", folder)
+    assert result.exit_code == 1
+    assert f"problem: {problems[0]}" in result.stdout
+    assert result.stderr == ""
+    assert json.loads(cli("inspect", folder, "--json").stdout)["problems"] == problems
+
+
+def test_a_tampered_config_is_found(compressed, tmp_path):
+    folder = models.copy(compressed("w8a8"), tmp_path / "model")
+    config = read_config(folder)["quantization_config"]
+    config["ignore"].append(LAYER)
+    models.change_config(folder, quantization_config=config)
+    assert inspect_checkpoint(folder).problems
+    config["ignore"] = []
+    models.change_config(folder, quantization_config=config)
+    assert inspect_checkpoint(folder).problems

@@ -1,0 +1,277 @@
+import json
+
+import models
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from quantkit import quantize, shards
+from quantkit.checkpoint import read_config
+from quantkit.pipeline import parse_size
+from quantkit.recipe import recipe_names
+from quantkit.shards import ShardReader
+
+LINEARS = 14
+DTYPES = {"llama": torch.float32, "llama_bf16": torch.bfloat16, "llama_fp16": torch.float16}
+
+
+def weights_of(folder):
+    """The bytes of every safetensors file and index, by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("model*")}
+
+
+def decoded(codes, scale):
+    """Codes times scales, group by group, in float64 and rounded once to the scale's dtype."""
+    groups = scale.shape[1]
+    wide = codes.double().reshape(codes.shape[0], groups, -1) * scale.double().unsqueeze(-1)
+    return wide.reshape(codes.shape).to(scale.dtype)
+
+
+def codes_of(tensors, module):
+    """Codes [N, K] of a layer on disk, unpacked by hand."""
+    if f"{module}.weight" in tensors:
+        return tensors[f"{module}.weight"]
+    out_features, in_features = tensors[f"{module}.weight_shape"].tolist()
+    raw = tensors[f"{module}.weight_packed"].contiguous().view(torch.uint8)
+    return raw.to(torch.int16)[:out_features, :in_features] - 128
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if "e5m2" not in name])
+def test_the_report_is_what_can_be_measured_on_disk(compressed, model_folder, recipe):
+    folder, source = compressed(recipe), models.read_tensors(model_folder("llama"))
+    tensors, report = models.read_tensors(folder), json.loads((folder / "quantkit_report.json").read_text())
+    stored, weights = 0, 0
+    assert len(report["layers"]) == LINEARS
+    for layer in report["layers"]:
+        name = layer["module"]
+        exact = source[f"{name}.weight"].double()
+        scale = tensors[f"{name}.weight_scale"]
+        lost = decoded(codes_of(tensors, name), scale).double() - exact
+        nbytes = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(f"{name}.weight"))
+        assert layer["shape"] == list(exact.shape)
+        assert layer["bits_per_weight"] == 8 * nbytes / exact.numel()
+        # Float32 sums of n squares, in any order, are right to n * 2**-24; the root halves that, the quotient adds two.
+        bound = exact.numel() * 2**-24
+        assert layer["weight_error"] == pytest.approx(float(lost.norm() / exact.norm()), rel=bound)
+        stored, weights = stored + nbytes, weights + exact.numel()
+    assert report["bits_per_weight"] == pytest.approx(8 * stored / weights, rel=1e-12)
+    assert report["bytes_before"] == sum(tensor.nbytes for tensor in source.values())
+    assert report["bytes_after"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert report["verified"] == {"tensors": len(tensors), "quantized": LINEARS, "left": 1}
+    assert report["seconds"] > 0
+    assert report["peak_memory_bytes"] > 10**7
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("recipe", ["w8a8", "int8-g128", "fp8", "fp8-e5m2"])
+def test_codes_are_the_nearest_to_the_weight_in_scales_of_its_dtype(compressed, model_folder, recipe, name):
+    """Int8: |weight - code * scale| <= scale / 2 * (1 + 2**-16), and a row's largest magnitude has the largest code."""
+    tensors, source = models.read_tensors(compressed(recipe, name)), models.read_tensors(model_folder(name))
+    scales = {key: tensor for key, tensor in tensors.items() if key.endswith("weight_scale")}
+    assert len(scales) == LINEARS
+    for key, scale in scales.items():
+        module = key.removesuffix(".weight_scale")
+        exact = source[f"{module}.weight"].double()
+        assert scale.dtype == DTYPES[name]
+        if "fp8" in recipe:
+            continue
+        codes = codes_of(tensors, module).double()
+        spread = scale.double().repeat_interleave(exact.shape[1] // scale.shape[1], dim=1)
+        assert bool(((exact - codes * spread).abs() <= spread / 2 * (1 + 2**-16)).all())
+        assert bool((codes.reshape(*scale.shape, -1).abs().amax(-1) >= 126).all())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_bf16", "llama_unused", "llama_sharded", "opt", "mixtral", "llama_odd"])
+def test_what_is_not_quantized_is_bit_equal_to_the_source(compressed, model_folder, name):
+    tensors, source = models.read_tensors(compressed("w8a8", name)), models.read_tensors(model_folder(name))
+    scaled = {key.removesuffix("_scale") for key in tensors if key.endswith("weight_scale")}
+    assert scaled
+    assert set(tensors) == set(source) | {f"{key}_scale" for key in scaled}
+    for key in set(source) - scaled:
+        assert models.same(tensors[key], source[key]), key
+    for key in scaled:
+        assert tensors[key].dtype == torch.int8
+
+
+def test_unused_tensors_are_copied_whatever_they_hold_and_listed(compressed, model_folder):
+    report = json.loads((compressed("w8a8", "llama_unused") / "quantkit_report.json").read_text())
+    assert set(report["copied_unused"]) == {"left.over", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+
+
+def test_a_tied_tensor_under_its_second_name_is_written_under_its_first(compressed, model_folder):
+    tensors = models.read_tensors(compressed("w8a8", "llama_second_name"))
+    source = models.read_tensors(model_folder("llama_second_name"))
+    assert "lm_head.weight" not in tensors
+    assert models.same(tensors["model.embed_tokens.weight"], source["lm_head.weight"])
+    same = compressed("w8a8", "llama_tied")
+    assert all(models.same(tensor, tensors[key]) for key, tensor in models.read_tensors(same).items())
+
+
+def test_the_config_is_the_sources_with_what_is_quantized(compressed, model_folder):
+    before, after = read_config(model_folder("llama")), read_config(compressed("w8a8"))
+    stored = after.pop("quantization_config")
+    assert after == before
+    assert stored["ignore"] == ["lm_head"]
+
+
+def test_a_config_without_dtype_gets_the_weights_own(model_folder, tmp_path):
+    folder = models.copy(model_folder("llama_bf16"), tmp_path / "model")
+    config = {key: value for key, value in read_config(folder).items() if key not in ("dtype", "torch_dtype")}
+    (folder / "config.json").write_text(json.dumps(config))
+    quantize(folder, tmp_path / "out", steps=["w8a8"], progress=False)
+    assert read_config(tmp_path / "out")["dtype"] == "bfloat16"
+
+
+def test_the_other_files_are_copied_and_the_card_is_new(model_folder, tmp_path):
+    folder = models.copy(model_folder("llama_sharded"), tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    (folder / "quantkit_report.json").write_text("old")
+    (folder / ".hidden").write_text("x")
+    (folder / "modeling_own.py").write_text("x")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "file").write_text("x")
+    quantize(folder, tmp_path / "out", steps=["w8a8"], progress=False)
+    copied = {"LICENSE", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    for name in {*copied, "modeling_own.py"}:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    own = {"config.json", "README.md", "quantkit_recipe.json", "quantkit_report.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*copied, "modeling_own.py", *own}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "The source's own card" not in card
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_same_work_gives_the_same_bytes(compressed, model_folder, tmp_path):
+    quantize(model_folder("llama"), tmp_path / "out", recipe="w8a8", progress=False)
+    first = compressed("w8a8")
+    for path in first.iterdir():
+        if path.name != "quantkit_report.json":
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_bf16", "opt", "mixtral"])
+def test_a_model_in_memory_gives_the_same_bytes_and_is_not_changed(compressed, model_folder, tmp_path, name):
+    model = models.AutoModelForCausalLM.from_pretrained(model_folder(name), dtype="auto").train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    report = quantize(model, tmp_path / "out", steps=["w8a8"], tokenizer=models.tokenizer(), progress=False)
+    assert weights_of(tmp_path / "out") == weights_of(compressed("w8a8", name))
+    stored = [read_config(f)["quantization_config"] for f in (tmp_path / "out", compressed("w8a8", name))]
+    assert stored[0] == stored[1]
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    assert report.bytes_before == sum(tensor.nbytes for tensor in models.read_tensors(model_folder(name)).values())
+    assert model.training
+    assert classes == [type(module) for module in model.modules()]
+    assert "quantization_config" not in model.config.to_dict()
+    assert all(models.same(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_model_in_memory_whose_tensors_share_memory(tmp_path):
+    model = models.llama_model()
+    attention = model.model.layers[0].self_attn
+    fused = torch.randn(256, 128)
+    attention.q_proj.weight.data, attention.k_proj.weight.data = fused[:128], fused[128:192]
+    model.model.layers[0].input_layernorm.weight.data = fused[0]
+    quantize(model, tmp_path / "out", steps=["w8a8"], ignore=["*.q_proj"], progress=False)
+    tensors = models.read_tensors(tmp_path / "out")
+    assert models.same(tensors["model.layers.0.self_attn.q_proj.weight"], fused[:128])
+    assert models.same(tensors["model.layers.0.input_layernorm.weight"], fused[0])
+
+
+def test_the_stored_recipe_does_the_same_again(cli, model_folder, tmp_path):
+    words = ["-m", "fp8:dtype=e4m3,weight_range=mse", "--ignore", "*.down_proj", "--include", "re:.*mlp", "--seed", 3]
+    one = cli("quantize", model_folder("llama"), "-o", tmp_path / "one", *words)
+    assert one.exit_code == 0, one.stderr
+    recipe = tmp_path / "one" / "quantkit_recipe.json"
+    two = cli("quantize", model_folder("llama"), "-o", tmp_path / "two", "--recipe", recipe)
+    assert two.exit_code == 0, two.stderr
+    for name in ("model.safetensors", "config.json", "quantkit_recipe.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_patterns_and_seed_are_added_to_a_recipe(model_folder, tmp_path):
+    report = quantize(
+        model_folder("llama"), tmp_path / "out", recipe="w8a8", ignore=["*.mlp.*"], seed=5, progress=False
+    )
+    assert (report.recipe["ignore"], report.recipe["seed"], len(report.layers)) == (["*.mlp.*"], 5, 8)
+
+
+@pytest.mark.parametrize("size", ["300KB", 100_000])
+def test_shards_are_no_larger_than_asked(model_folder, compressed, tmp_path, size):
+    quantize(model_folder("llama"), tmp_path / "out", steps=["w8a8"], max_shard_size=size, progress=False)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    for path in files:
+        held = [info.nbytes for info in ShardReader(tmp_path / "out").tensors.values() if info.path == path]
+        assert sum(held) <= parse_size(size) or len(held) == 1
+    once, again = models.read_tensors(compressed("w8a8")), models.read_tensors(tmp_path / "out")
+    assert set(once) == set(again)
+    assert all(models.same(tensor, again[key]) for key, tensor in once.items())
+
+
+def test_no_more_than_one_block_is_alive(tmp_path, monkeypatch):
+    """Every float tensor that is read is followed by its storage: at each read, what lives is less than one block."""
+    folder = models.save(models.llama_model(num_hidden_layers=6), tmp_path / "model")
+    sizes = {name: info.nbytes for name, info in ShardReader(folder).tensors.items()}
+    block = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
+    outside = sum(size for name, size in sizes.items() if not name.startswith("model.layers."))
+    alive, peaks, read = [], [], ShardReader.get
+
+    def spied(self, name):
+        tensor = read(self, name)
+        storage = tensor.untyped_storage()
+        alive.append((StorageWeakRef(storage), storage.nbytes()))
+        alive[:] = [(reference, size) for reference, size in alive if not reference.expired()]
+        peaks.append(sum(size for _, size in alive))
+        return tensor
+
+    monkeypatch.setattr(ShardReader, "get", spied)
+    monkeypatch.setattr(shards, "SMALLEST_SHARD", 1)
+    quantize(folder, tmp_path / "out", steps=["w8a8"], max_shard_size=block // 2, progress=False)
+    assert len(peaks) > len(sizes)
+    assert max(peaks) <= max(block, outside)
+    assert max(peaks) < sum(sizes.values()) / 4
+
+
+def test_progress_is_on_stderr_alone_and_can_be_turned_off(model_folder, tmp_path, capsys):
+    quantize(model_folder("llama"), tmp_path / "one", steps=["w8a8"])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "quantizing" in captured.err
+    assert "verifying" in captured.err
+    quantize(model_folder("llama"), tmp_path / "two", steps=["w8a8"], progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_empty_folder_is_written_to_and_parents_are_made(model_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    quantize(model_folder("llama"), tmp_path / "empty", steps=["w8a8"], progress=False)
+    quantize(model_folder("llama"), tmp_path / "a" / "b", steps=["w8a8"], progress=False)
+    assert (tmp_path / "empty" / "config.json").is_file()
+    assert (tmp_path / "a" / "b" / "config.json").is_file()
+
+
+def test_the_working_folder_can_be_the_output(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    quantize(model_folder("llama"), ".", steps=["w8a8"], progress=False)
+    assert (tmp_path / "here" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("5GB", 5 * 10**9),
+        ("5 GB", 5 * 10**9),
+        ("512MB", 512 * 10**6),
+        ("2GiB", 2**31),
+        ("1.5kb", 1500),
+        ("7", 7),
+        (7, 7),
+        ("7B", 7),
+    ],
+)
+def test_sizes(size, expected):
+    assert parse_size(size) == expected

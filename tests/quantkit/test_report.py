@@ -1,0 +1,95 @@
+import json
+
+import models
+import pytest
+
+from quantkit import quantize
+from quantkit.checkpoint import Hub, open_folder
+from quantkit.report import LayerReport, Report, model_card, write_report
+
+EVALUATION = {
+    "perplexity": 12.3456789,
+    "perplexity_stderr": 0.1,
+    "baseline_perplexity": 12.0,
+    "kl_mean": 1.5e-3,
+    "top1_agreement": 0.987,
+    "tokens": 12345,
+    "dataset": "wikitext2",
+}
+
+
+@pytest.fixture(scope="module")
+def report(model_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("report") / "out"
+    return quantize(model_folder("llama_unused"), output, steps=["w8a8"], ignore=["*.mlp.*"], progress=False)
+
+
+def made(layers):
+    return Report("m", {"steps": ["w8a8"]}, "f", layers, [], [], {}, [], 10, 5, {"tensors": 1})
+
+
+def test_bits_per_weight_is_weighted_by_size_and_the_worst_is_the_worst():
+    small, large = LayerReport("a", "int8", (2, 2), 16.0, 0.5), LayerReport("b", "int8", (4, 3), 8.0, 0.1)
+    report = made([small, large])
+    assert report.bits_per_weight == (16 * 4 + 8 * 12) / 16
+    assert report.worst is small
+
+
+def test_the_text_says_everything_once(report):
+    text = report.to_text()
+    expected = ["w8a8", "compressed-tensors", "8 linear layers", "--ignore *.mlp.*: 6 linear layers", "ignored by"]
+    expected += ["lm_head: makes the logits", "left.over", "does not use", "smaller", "peak memory", "read back"]
+    expected += ["model.layers.0.mlp.gate_proj", "and 3 more", report.worst.module, f"{report.bytes_after:,}"]
+    for words in expected:
+        assert text.count(words) >= 1, words
+
+
+def test_the_dict_is_the_file(report, tmp_path):
+    write_report(tmp_path, report)
+    assert [path.name for path in tmp_path.iterdir()] == ["quantkit_report.json"]
+    assert json.loads((tmp_path / "quantkit_report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+
+
+def test_the_versions_are_those_that_run(report):
+    import platform
+
+    import safetensors
+    import torch
+    import transformers
+
+    assert report.versions["python"] == platform.python_version()
+    for package in (torch, transformers, safetensors):
+        assert report.versions[package.__name__] == package.__version__
+
+
+def test_an_evaluation_is_in_the_text_and_the_card(report, model_folder):
+    source = open_folder(model_folder("llama_unused"), Hub())
+    assert "quantkit eval THIS" in model_card(report, source)
+    report.evaluation = EVALUATION
+    try:
+        for text in (report.to_text(), model_card(report, source)):
+            for words in ("12.3457 ± 0.1000", "12.0000", "1.50e-03", "98.70%", "12,345 tokens of wikitext2"):
+                assert words in text
+        assert "quantkit eval THIS" not in model_card(report, source)
+    finally:
+        report.evaluation = None
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: apache-2.0\n---\n", "license: apache-2.0"),
+        ("---\ntags:\n- x\nlicense:  mit \n---\n# x", "license: mit"),
+        ("# no front matter\nlicense: mit\n---\n", None),
+        ("---\ntags: x\n---\nlicense: mit\n", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_card_keeps_the_sources_licence(report, model_folder, tmp_path, card, expected):
+    folder = models.copy(model_folder("llama_unused"), tmp_path / "model")
+    (folder / "README.md").unlink()
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    front = model_card(report, open_folder(folder, Hub())).split("---")[1]
+    assert [line for line in front.splitlines() if line.startswith("license")] == ([expected] if expected else [])
