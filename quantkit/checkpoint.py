@@ -301,9 +301,9 @@ def output_head(model: nn.Module) -> str | None:
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every plain linear layer by name (a subclass counts when its forward pass is nn.Linear's)."""
+    """Every linear layer by name, subclasses of nn.Linear included (formats name them all, quantized or not)."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        if isinstance(module, nn.Linear):
             yield name, module
 
 

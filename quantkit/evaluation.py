@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,26 @@ from quantkit_eval.data import windows
 from quantkit_eval.perplexity import Perplexity, bits_per_byte, token_nll, window_nll
 from quantkit_eval.tasks import LastWord, Passage, continuation_rows, encode_passage, padded
 
-from quantkit.checkpoint import Hub, load_tokenizer, resolve
-from quantkit.devices import pick_device
+from quantkit.checkpoint import Hub
 from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.memory import peak_memory_bytes
+from quantkit.pairing import (
+    Model,
+    Pair,
+    backend_in_use,
+    check_vocabulary,
+    folder_of,
+    loaded,
+    name_of,
+    require_tokenizer,
+    tokenizer_for,
+    window_length,
+)
 from quantkit.progress import track
 from quantkit.texts import Texts, Tokens, encode, read, tokenize
 
-# A transformers model: transformers itself is imported where checkpoints are read and nowhere else.
-Model = Any
-
-DEFAULT_SEQ_LEN = 2048
 # Windows or passages of a batch, unless batch_size says otherwise, hold this many tokens (one window at least).
 DEFAULT_BATCH_TOKENS = 2048
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """The models of one evaluation, ready to run, and what the user called them."""
-
-    model: Model
-    name: str
-    baseline: Model | None
-    baseline_name: str
 
 
 def evaluate(
@@ -97,16 +92,16 @@ def evaluate(
     )
     _refuse_calibration_data(model, hub, texts)
     if tokenizer is None and texts.kind != "tokens":
-        tokenizer = _tokenizer(model, baseline, hub, texts)
+        tokenizer = tokenizer_for(model, baseline, hub, texts)
     tokens = tokenize(texts, tokenizer) if texts.kind != "passages" else None
-    with _loaded(model, baseline, hub, device, backend) as pair:
-        length = _window_length(pair, seq_len)
+    with loaded(model, baseline, hub, device, backend) as pair:
+        length = window_length(pair, seq_len)
         with torch.inference_mode(), _memory_errors(batch_size, length):
             if tokens is None:
                 measured = _last_word(pair, texts, tokenizer, length, max_tokens, batch_size, progress)
             else:
                 measured = _perplexity(pair, tokens, texts.name, length, max_tokens, batch_size, progress)
-        used = _backend_in_use(pair.model, backend)
+        used = backend_in_use(pair.model)
     head = {"model": pair.name, "dataset": texts.name}
     cost = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes(), "backend": used}
     common = ("protocol", "tokens", "perplexity", "perplexity_stderr", "bits_per_byte")
@@ -120,11 +115,27 @@ def evaluate(
     return result
 
 
+def check_text(texts: Texts, tokenizer: Any, model: Model, name: str, seq_len: int | None = None) -> None:
+    """Raises what `evaluate` would raise for these texts, without running the model.
+
+    Only the model's config is looked at, so that a model without weights serves as well: a long job can find out at
+    once that its result could not be evaluated.
+    """
+    _check_arguments(seq_len, None, None, None)
+    require_tokenizer(texts, tokenizer, name)
+    length = window_length(Pair(model, name, None, ""), seq_len)
+    if texts.kind == "passages":
+        largest = max(max(passage.tokens) for passage in _passages(texts, tokenizer, length, None))
+    else:
+        largest = int(_windows(tokenize(texts, tokenizer).ids, texts.name, length, None).max())
+    check_vocabulary(model, name, largest)
+
+
 # The two protocols
 
 
 def _perplexity(
-    pair: _Pair,
+    pair: Pair,
     tokens: Tokens,
     name: str,
     seq_len: int,
@@ -134,7 +145,7 @@ def _perplexity(
 ) -> dict[str, Any]:
     """Perplexity over windows, with what a comparison adds."""
     cut = _windows(tokens.ids, name, seq_len, max_tokens)
-    _check_vocabulary(pair.model, pair.name, int(cut.max()))
+    check_vocabulary(pair.model, pair.name, int(cut.max()))
     ours, theirs, comparison = Perplexity(), Perplexity(), Comparison()
     batches = torch.split(cut, batch_size or max(1, DEFAULT_BATCH_TOKENS // seq_len))
     for batch in track(batches, "perplexity", len(batches), "batch", disable=not progress):
@@ -167,7 +178,7 @@ def _perplexity(
 
 
 def _last_word(
-    pair: _Pair,
+    pair: Pair,
     texts: Texts,
     tokenizer: Any,
     context: int,
@@ -177,7 +188,7 @@ def _last_word(
 ) -> dict[str, Any]:
     """Last-word accuracy over passages, with what a comparison adds (over the continuations' tokens)."""
     passages = _passages(texts, tokenizer, context, max_tokens)
-    _check_vocabulary(pair.model, pair.name, max(max(p.tokens) for p in passages))
+    check_vocabulary(pair.model, pair.name, max(max(p.tokens) for p in passages))
     # Longest first: little padding, and too large a batch fails at once.
     passages.sort(key=lambda p: len(p.tokens), reverse=True)
     size = batch_size or max(1, DEFAULT_BATCH_TOKENS // len(passages[0].tokens))
@@ -303,94 +314,9 @@ def _check_arguments(
             raise DataError(f"{name} is {value}: expected at least {least}")
 
 
-def context_length(model: Model) -> int | None:
-    """The most tokens the model was made to read at once, or None where its config names no such number."""
-    config = model.config.get_text_config()
-    for key in CONTEXT_KEYS:
-        value = getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def _window_length(pair: _Pair, seq_len: int | None) -> int:
-    """seq_len, or the smaller of 2048 and the models' context; more than the context is refused."""
-    limit = DEFAULT_SEQ_LEN if seq_len is None else seq_len
-    for model, name in ((pair.model, pair.name), (pair.baseline, pair.baseline_name)):
-        context = None if model is None else context_length(model)
-        if context is not None and context < limit:
-            if seq_len is not None:
-                raise DataError(
-                    f"seq_len is {seq_len} and {name} reads at most {context} tokens: choose {context} or less"
-                )
-            limit = context
-    return limit
-
-
-def _check_vocabulary(model: Model, name: str, largest: int) -> None:
-    size = _vocabulary(model)
-    if size is not None and largest >= size:
-        raise DataError(
-            f"the data set has the token id {largest} and {name} a vocabulary of {size}: use the tokenizer that "
-            "belongs to the model"
-        )
-
-
-def _vocabulary(model: Model) -> int | None:
-    size = getattr(model.config.get_text_config(), "vocab_size", None)
-    return size if isinstance(size, int) else None
-
-
-def _is_path(model: Any) -> bool:
-    return isinstance(model, (str, Path))
-
-
-def _name(model: Any) -> str:
-    if _is_path(model):
-        return str(model)
-    return getattr(model, "name_or_path", None) or type(model).__name__
-
-
-def _folder(model: Any, hub: Hub) -> Path | None:
-    """Where the model's files lie, or None for a model in memory that came from no folder."""
-    if _is_path(model):
-        return resolve(model, hub)
-    path = getattr(model, "name_or_path", None)
-    return Path(path) if path and Path(path).is_dir() else None
-
-
-def _tokenizer(model: Any, baseline: Any, hub: Hub, texts: Texts) -> Any:
-    """The model's tokenizer; a baseline whose tokenizer has another vocabulary is refused."""
-    tokenizer = _tokenizer_of(model, hub)
-    if tokenizer is None:
-        raise DataError(
-            f"{texts.name} is text and {_name(model)} has no tokenizer: put the tokenizer's files in its folder, pass "
-            "tokenizer=, or give rows of input_ids"
-        )
-    other = None if baseline is None else _tokenizer_of(baseline, _baseline_hub(hub))
-    if other is not None and other.get_vocab() != tokenizer.get_vocab():
-        raise DataError(
-            f"the tokenizers of {_name(model)} and {_name(baseline)} have different vocabularies: give the baseline "
-            "that the model was made from"
-        )
-    return tokenizer
-
-
-def _tokenizer_of(model: Any, hub: Hub) -> Any:
-    folder = _folder(model, hub)
-    if folder is None:
-        return None
-    return load_tokenizer(folder, trust_remote_code=hub.trust_remote_code)
-
-
-def _baseline_hub(hub: Hub) -> Hub:
-    """The hub's arguments for a baseline: a revision belongs to the model."""
-    return Hub(None, hub.token, hub.cache_dir, hub.trust_remote_code)
-
-
 def _refuse_calibration_data(model: Any, hub: Hub, texts: Texts) -> None:
     """Refuses texts that the model's own recipe says it was calibrated with."""
-    folder = _folder(model, hub)
+    folder = folder_of(model, hub)
     path = None if folder is None else folder / "quantkit_recipe.json"
     if path is None or not path.is_file():
         return
@@ -401,75 +327,8 @@ def _refuse_calibration_data(model: Any, hub: Hub, texts: Texts) -> None:
     dataset = recipe.get("dataset") if isinstance(recipe, dict) else None
     if isinstance(dataset, dict) and dataset.get("fingerprint") == texts.fingerprint:
         raise DataError(
-            f"{texts.name} is the text that {_name(model)} was calibrated with: evaluate it on another split or file"
+            f"{texts.name} is the text that {name_of(model)} was calibrated with: evaluate it on another split or file"
         )
-
-
-# Models
-
-
-@contextmanager
-def _loaded(model: Any, baseline: Any, hub: Hub, device: str, backend: str) -> Iterator[_Pair]:
-    """Both models, in eval mode; what was in memory before gets its mode back afterwards."""
-    for given in (model, baseline):
-        if given is not None and not _is_path(given) and not isinstance(given, torch.nn.Module):
-            raise QuantkitError(f"{given!r} is no model: give a folder, a hub id or a transformers model")
-    place = _place(model, baseline, device)
-    ours = _load(model, hub, place, backend)
-    theirs = None if baseline is None else _load(baseline, _baseline_hub(hub), place, backend)
-    pair = _Pair(ours, _name(model), theirs, "" if baseline is None else _name(baseline))
-    if theirs is not None and _vocabulary(ours) != _vocabulary(theirs):
-        raise DataError(
-            f"{pair.name} has a vocabulary of {_vocabulary(ours)} and {pair.baseline_name} one of "
-            f"{_vocabulary(theirs)}: give the baseline that the model was made from"
-        )
-    training = [m for m in (ours, theirs) if m is not None and m.training]
-    for each in training:
-        each.eval()
-    try:
-        yield pair
-    finally:
-        for each in training:
-            each.train()
-
-
-def _place(model: Any, baseline: Any, device: str) -> str:
-    """Where what is loaded goes: to `device`; with auto, to where a model in memory already is."""
-    in_memory = [given for given in (model, baseline) if isinstance(given, torch.nn.Module)]
-    if device == "auto" and in_memory:
-        return str(in_memory[0].device)
-    place = pick_device(device)
-    for given in in_memory:
-        if torch.device(place) != torch.device(str(given.device)):
-            raise QuantkitError(
-                f"device is {device} and {_name(given)} is on {given.device}: move it or say device auto"
-            )
-    return str(place)
-
-
-def _load(model: Any, hub: Hub, place: str, backend: str) -> Model:
-    if not _is_path(model):
-        return model
-    from quantkit.loading import load
-
-    return load(
-        model,
-        device=place,
-        backend=backend,
-        revision=hub.revision,
-        token=hub.token,
-        cache_dir=hub.cache_dir,
-        trust_remote_code=hub.trust_remote_code,
-    )
-
-
-def _backend_in_use(model: Model, backend: str) -> str:
-    """What the model's compressed layers run on; torch where it has none."""
-    layers = [m for m in model.modules() if type(m).__module__.startswith("quantkit.")]
-    named = {str(layer.backend) for layer in layers if hasattr(layer, "backend")}
-    if not layers:
-        return "torch"
-    return "+".join(sorted(named)) if named else backend
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit import formats
+from quantkit.checkpoint import linears
 from quantkit.errors import CheckpointError
 from quantkit.modules import QuantizedLinear
 
@@ -120,8 +121,8 @@ def replace_linears(model: nn.Module, layout: Any, parsed: formats.Layout, backe
         CheckpointError: the config names no linear layer of this model.
     """
     found = 0
-    for name, module in list(model.named_modules()):
-        scheme = parsed.scheme_of(name) if isinstance(module, nn.Linear) else None
+    for name, module in list(linears(model)):
+        scheme = parsed.scheme_of(name)
         if scheme is None:
             continue
         with torch.device(module.weight.device):

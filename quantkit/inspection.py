@@ -119,9 +119,8 @@ def _problems(source: Source) -> list[str]:
     quantized = {f"{name}.{leaf}": layer for name, layer in quantized_layers(source.skeleton) for leaf in layer.stored}
     plain = {f"{name}.weight" for name, _ in linears(source.skeleton)}
     folders = {key.rpartition(".")[0] for key, origin in origins.items() if origin.parameter in {*quantized, *plain}}
-    for name in expected:
-        if name not in made and tied.get(name) not in made and not converted:
-            found.append(f"no tensor makes {name!r}")
+    absent = [name for name in expected if name not in made and tied.get(name) not in made and not converted]
+    found += [f"no tensor makes {name!r}" for name in absent]
     for key, origin in origins.items():
         info = source.weights.tensors[key]
         want = expected.get(origin.parameter or "")

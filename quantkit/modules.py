@@ -67,6 +67,16 @@ class QuantizedLinear(nn.Module):
         product = ops.linear_weight_only if self.scheme.activation_dtype is None else ops.linear_dynamic
         return product(x, codes, scale, self.bias, self.backend)
 
+    @property
+    def backend_in_use(self) -> str:
+        """What the layer's product runs on where its tensors are: `triton`, `cpu` or `torch`."""
+        packed = self._layout.is_packed(self.scheme)
+        codes = self.get_buffer("weight_packed") if packed else self.codes_and_scale()[0]
+        op = "linear_weight_only_packed" if packed else "linear_weight_only"
+        if self.scheme.activation_dtype is not None:
+            op = "linear_dynamic"
+        return ops.select_backend(op, codes.dtype, codes.device, self.backend)
+
     def codes_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] and scale [N, G]."""
         stored = {name: self.get_buffer(name) for name in self.stored}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from quantkit.checkpoint import Origin, Source, decoder_blocks, linears, names_of, output_head, tied_parameters
 from quantkit.errors import CheckpointError, RecipeError
@@ -154,11 +155,13 @@ def _reasons(source: Source, recipe: Recipe, keys: dict[str, str]) -> dict[str, 
     head, tied = output_head(source.skeleton), tied_parameters(source.skeleton)
     sources_of_ties = set(tied.values())
     reasons = {}
-    for name, _ in linears(source.skeleton):
+    for name, module in linears(source.skeleton):
         weight = f"{name}.weight"
         included = [pattern for pattern in recipe.include if matches(pattern, name)]
         ignored = [pattern for pattern in recipe.ignore if matches(pattern, name)]
-        if weight in tied or weight in sources_of_ties:
+        if type(module).forward is not nn.Linear.forward:
+            reasons[name] = f"is a {type(module).__name__}, whose forward pass is its own"
+        elif weight in tied or weight in sources_of_ties:
             reasons[name] = f"shares its weight with {tied.get(weight, 'another layer').removesuffix('.weight')}"
         elif ignored:
             reasons[name] = f"ignored by {ignored[0]!r}"

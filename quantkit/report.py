@@ -142,8 +142,10 @@ class Report:
 
 def evaluation_line(result: dict[str, Any]) -> str:
     """One line of what an evaluation with a baseline found."""
+    error = result["perplexity_stderr"]
+    spread = "" if error is None else f" ± {error:.4f}"
     return (
-        f"evaluation perplexity {result['perplexity']:.4f} ± {result['perplexity_stderr']:.4f} "
+        f"evaluation perplexity {result['perplexity']:.4f}{spread} "
         f"(float {result['baseline_perplexity']:.4f}), KL {result['kl_mean']:.2e}, "
         f"top-1 {result['top1_agreement']:.2%}, {result['tokens']:,} tokens of {result['dataset']}"
     )
@@ -181,7 +183,8 @@ def model_card(report: Report, source: Source) -> str:
     body = [
         f"# {Path(report.model).name}, compressed",
         "",
-        f"Made from `{report.model}` by quantkit {report.versions.get('quantkit')} with {steps}, stored as {report.format}.",
+        f"Made from `{report.model}` by quantkit {report.versions.get('quantkit')} with {steps}, "
+        f"stored as {report.format}.",
         "",
         "```python",
         "import quantkit",

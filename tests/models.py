@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     GenerationConfig,

@@ -40,14 +40,15 @@ def command(output: str | None, max_tokens: int, device: str, as_json: bool) -> 
 
 def _cells(row: dict[str, float | str | None]) -> tuple[str, ...]:
     """One line of the table."""
+    error = row["perplexity_stderr"]
+    perplexity = f"{row['perplexity']:.4f}" + ("" if error is None else f" ± {error:.4f}")
     if row["recipe"] == "float":
-        perplexity = f"{row['perplexity']:.4f} ± {row['perplexity_stderr']:.4f}"
         return ("float", f"{row['bits_per_weight']:.2f}", f"{row['bytes']:,}", perplexity, "", "", "", "")
     return (
         str(row["recipe"]),
         f"{row['bits_per_weight']:.2f}",
         f"{row['bytes']:,}",
-        f"{row['perplexity']:.4f} ± {row['perplexity_stderr']:.4f}",
+        perplexity,
         f"{row['kl_mean']:.2e}",
         f"{row['top1_agreement']:.2%}",
         f"{row['quantize_seconds']:.1f}",

@@ -35,8 +35,10 @@ def command(model: str, dataset: str, tasks: str | None, as_json: bool, **option
     both models and what was lost is said as well: KL divergence, how often the first choice agrees, and how far the
     probability of the true token moved.
     """
+    from quantkit.checkpoint import quiet_transformers
     from quantkit.evaluation import evaluate
 
+    quiet_transformers()
     result = evaluate(model, dataset, tasks=tasks.split(",") if tasks is not None else None, **options)
     if as_json:
         import json

@@ -52,7 +52,8 @@ def of_config(config: Any, where: str) -> ModuleType:
     method = config.get("quant_method") if isinstance(config, dict) else config
     if not isinstance(method, str) or method not in FORMATS:
         raise CheckpointError(
-            f"{where} is compressed as {method!r}, which quantkit {_readable()}; load it with the software that wrote it"
+            f"{where} is compressed as {method!r}, which quantkit {_readable()}; "
+            "load it with the software that wrote it"
         )
     return FORMATS[method]
 

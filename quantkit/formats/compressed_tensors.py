@@ -162,7 +162,7 @@ def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
 
 
 def _is_per_token(activations: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
-    """Whether activations are quantized per token when the model runs, symmetrically, to the weights' kind of number."""
+    """Whether activations are quantized per token when the model runs, symmetrically, to the weights' dtype."""
     same = all(activations.get(key) == weights.get(key) for key in ("type", "num_bits"))
     symmetric = activations.get("symmetric", True) is True
     return same and symmetric and activations.get("strategy") == "token" and activations.get("dynamic") is True

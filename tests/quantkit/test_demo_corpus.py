@@ -53,18 +53,14 @@ def test_sizes() -> None:
     assert 0.06 < held_out / (trained + held_out) < 0.14
 
 
-@pytest.mark.parametrize(
-    ("name", "held_out"), [("topics/debugger", True), ("codecs", True), ("json.decoder", False)]
-)
+@pytest.mark.parametrize(("name", "held_out"), [("topics/debugger", True), ("codecs", True), ("json.decoder", False)])
 def test_a_name_alone_decides_the_part(name: str, held_out: bool) -> None:
     """Worked out once and written down: another rule would measure the model on what it was trained on."""
     assert corpus.Document(name, "anything").held_out is held_out
 
 
 def test_docstrings_come_in_source_order_and_unparsable_source_gives_none() -> None:
-    source = (
-        b"""'M.'\nif 1:\n    class A:\n        'A.'\n        async def f(self): 'F.'\ndef g():\n    'G.'\n"""
-    )
+    source = b"""'M.'\nif 1:\n    class A:\n        'A.'\n        async def f(self): 'F.'\ndef g():\n    'G.'\n"""
     assert list(corpus._docstrings(source)) == ["M.", "A.", "F.", "G."]
     assert list(corpus._docstrings(b"print 1")) == []
     assert list(corpus._docstrings(b"\0")) == []

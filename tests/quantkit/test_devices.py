@@ -19,13 +19,17 @@ def test_gpus_that_are_there(monkeypatch, count, device, expected):
     assert pick_device(device) == torch.device(expected)
 
 
-@pytest.mark.parametrize("device", ["", "tpu", "cuda:", "cuda:x", "cpu:99999999999999999999", "meta", "mps", "xpu:0", "CPU"])
+@pytest.mark.parametrize(
+    "device", ["", "tpu", "cuda:", "cuda:x", "cpu:99999999999999999999", "meta", "mps", "xpu:0", "CPU"]
+)
 def test_unknown_devices_are_refused(device):
     with pytest.raises(QuantkitError, match=r"use auto, cpu, cuda or cuda:N"):
         pick_device(device)
 
 
-@pytest.mark.parametrize(("available", "count", "device"), [(False, 0, "cuda"), (False, 0, "cuda:0"), (True, 2, "cuda:2")])
+@pytest.mark.parametrize(
+    ("available", "count", "device"), [(False, 0, "cuda"), (False, 0, "cuda:0"), (True, 2, "cuda:2")]
+)
 def test_gpus_that_are_not_there_are_refused(monkeypatch, available, count, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)

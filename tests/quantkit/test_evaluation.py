@@ -15,7 +15,7 @@ from quantkit_eval.tasks import encode_passage
 from quantkit import evaluation
 from quantkit.cli.evaluate import command
 from quantkit.errors import CheckpointError, DataError, QuantkitError
-from quantkit.evaluation import evaluate
+from quantkit.evaluation import check_text, evaluate
 from quantkit.texts import Texts, encode, read, tokenize
 
 KEYS = [
@@ -260,10 +260,31 @@ def test_models_that_do_not_fit_together(folder: Path, tmp_path: Path) -> None:
         evaluate(tiny_model(0, vocabulary=20), folder / "text.txt", tokenizer=byte_tokenizer(), progress=False)
 
 
+def test_a_text_is_checked_without_the_weights(folder: Path, tmp_path: Path) -> None:
+    texts, tokenizer = read(folder / "text.txt"), byte_tokenizer()
+    model = tiny_model(0).to("meta")
+    passages = read(passages_for(word_model(0, tokenizer), tokenizer, tmp_path))
+    check_text(texts, tokenizer, model, "m", 16)
+    check_text(passages, tokenizer, model, "m")
+    check_text(Texts("one", "passages", "", passages=(("the dog", " sleeps"),)), tokenizer, model, "m")
+    short = Texts("short", "text", "", documents=("a few words",))
+    for wrong, message in (
+        ((texts, tokenizer, model, "m", 33), "seq_len is 33 and m reads at most 32 tokens"),
+        ((texts, tokenizer, model, "m", 1), "seq_len is 1"),
+        ((texts, None, model, "m"), "m has no tokenizer"),
+        ((passages, None, model, "m"), "m has no tokenizer"),
+        ((short, tokenizer, model, "m"), "less than one window of seq_len 32"),
+        ((texts, tokenizer, tiny_model(0, 20), "m"), "m a vocabulary of 20"),
+        ((passages, tokenizer, tiny_model(0, 20), "m"), "m a vocabulary of 20"),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_text(*wrong)
+
+
 def test_what_is_no_model_or_has_no_tokenizer(folder: Path, tmp_path: Path) -> None:
     tiny_model(0).save_pretrained(tmp_path / "bare")
-    for model in (tmp_path / "bare", tiny_model(0)):
-        with pytest.raises(DataError, match="has no tokenizer"):
+    for model, name in ((tmp_path / "bare", "bare"), (tiny_model(0), "LlamaForCausalLM")):
+        with pytest.raises(DataError, match=f"text and .*{name} has no tokenizer"):
             evaluate(model, folder / "text.txt", progress=False)
     with pytest.raises(QuantkitError, match="3 is no model"):
         evaluate(3, folder / "text.txt", tokenizer=byte_tokenizer(), progress=False)

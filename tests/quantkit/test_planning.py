@@ -1,7 +1,9 @@
+import models
 import pytest
+from torch import nn
 
 from quantkit import formats
-from quantkit.checkpoint import Hub, open_folder
+from quantkit.checkpoint import Hub, open_folder, open_model
 from quantkit.errors import RecipeError
 from quantkit.planning import make_plan
 from quantkit.recipe import Recipe
@@ -95,6 +97,27 @@ def test_experts_are_left_with_the_reason(model_folder):
     reason = left(made)["model.layers.0.mlp.experts.gate_up_proj"]
     assert "MixtralExperts" in reason
     assert "no plain linear" in reason
+
+
+class Same(nn.Linear):
+    """A linear layer under another name."""
+
+
+class Doubled(nn.Linear):
+    """A linear layer with a forward pass of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_forward_pass_of_its_own_stays_float_and_a_mere_subclass_does_not():
+    model = models.llama_model()
+    model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj = Doubled(128, 256), Same(128, 256)
+    recipe = Recipe.of(["w8a8"])
+    made = make_plan(open_model(model), recipe, formats.choose(recipe.scheme))
+    assert quantized(made) == [name for name in LLAMA_LINEARS if name != "model.layers.0.mlp.up_proj"]
+    assert left(made)["model.layers.0.mlp.up_proj"] == "is a Doubled, whose forward pass is its own"
+    assert "model.layers.0.mlp.up_proj" in made.linears_left
 
 
 def test_names_without_the_prefix_are_kept_on_disk(model_folder):

@@ -82,6 +82,7 @@ def test_an_evaluation_is_in_the_text_and_the_card(report, model_folder):
         ("---\ntags:\n- x\nlicense:  mit \n---\n# x", "license: mit"),
         ("# no front matter\nlicense: mit\n---\n", None),
         ("---\ntags: x\n---\nlicense: mit\n", None),
+        ("# A rule is no front matter\n---\nlicense: mit\n---\n", None),
         ("", None),
         (None, None),
     ],

@@ -71,7 +71,9 @@ def test_what_is_read_back_and_differs_is_an_error(model_folder, tmp_path, monke
         (lambda t: {"weight": t["weight"]}, "weight_scale'.* has not the shape and dtype"),
     ],
 )
-def test_a_method_that_stores_what_its_format_does_not_demand_is_found(model_folder, tmp_path, monkeypatch, spoil, says):
+def test_a_method_that_stores_what_its_format_does_not_demand_is_found(
+    model_folder, tmp_path, monkeypatch, spoil, says
+):
     from quantkit.formats import compressed_tensors
 
     compress = compressed_tensors.compress
