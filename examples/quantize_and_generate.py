@@ -15,7 +15,7 @@ from quantkit.generation import complete
 def main() -> None:
     """Print the report and a completion."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default=str(model_path()), help="a folder or hub id; default: the demo model")
+    parser.add_argument("model", nargs="?", default=str(model_path()), help="folder or hub id; default: the demo model")
     parser.add_argument("--step", default="w8a8", help="see `quantkit methods`")
     parser.add_argument("--prompt", default="The value of the expression is")
     arguments = parser.parse_args()

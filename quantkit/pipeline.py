@@ -3,8 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,16 +17,16 @@ from quantkit.checkpoint import Hub, Source, load_tokenizer, open_folder, open_m
 from quantkit.devices import pick_device
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.memory import peak_memory_bytes
+from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, Stage, Target, make_plan
 from quantkit.progress import track
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.report import LayerReport, Report, model_card, write_report
-from quantkit.shards import ShardWriter, sync, write_error, write_json, write_text
+from quantkit.shards import ShardWriter, write_error, write_json, write_text
 from quantkit.texts import read
 from quantkit.verification import verify
 
 RECIPE_FILE = "quantkit_recipe.json"
-MARKER = "quantkit_partial"
 
 log = logging.getLogger("quantkit")
 
@@ -42,7 +41,7 @@ def quantize(
     samples: int = 128,
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    seed: int = 0,
+    seed: int | None = None,
     format: str = "auto",  # noqa: A002  (the flag's name)
     max_shard_size: str | int = "5GB",
     device: str = "auto",
@@ -67,7 +66,7 @@ def quantize(
         samples: windows to calibrate on; unused like `dataset` when no step observes anything.
         include: patterns of module names; when there are any, only what they match is quantized.
         ignore: patterns of module names that stay float.
-        seed: seed of everything random.
+        seed: seed of everything random; by default the recipe's, or 0.
         format: `auto`, `compressed-tensors` or `quantkit`.
         max_shard_size: such as `"5GB"`, or bytes.
         device: where weights are quantized: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -94,7 +93,7 @@ def quantize(
     source = open_model(model, tokenizer) if isinstance(model, nn.Module) else open_folder(model, hub)
     layout = formats.choose(_scheme(made), format)
     plan = make_plan(source, made, layout)
-    refuse_full_disk(target, plan)
+    refuse_full_disk(target, plan.output_bytes)
     evaluation = None
     if eval_dataset is not None:
         evaluation = prepare_evaluation(source, model, eval_dataset, seq_len, data_dir, hub, device, progress)
@@ -125,15 +124,16 @@ def _recipe(
     steps: Sequence[str | Step],
     include: Sequence[str],
     ignore: Sequence[str],
-    seed: int,
+    seed: int | None,
 ) -> Recipe:
     """The recipe of either steps or a recipe, with patterns added."""
     if recipe is not None and steps:
         raise RecipeError("both steps and a recipe are given; give -m STEP or --recipe NAME|FILE, not both")
     if recipe is None:
-        return Recipe.of(steps, include, ignore, seed)
+        return Recipe.of(steps, include, ignore, seed or 0)
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return Recipe(found.steps, (*found.include, *include), (*found.ignore, *ignore), seed or found.seed)
+    seed = found.seed if seed is None else seed
+    return Recipe(found.steps, (*found.include, *include), (*found.ignore, *ignore), seed)
 
 
 def _scheme(recipe: Recipe) -> Any:
@@ -184,63 +184,6 @@ def parse_size(size: str | int) -> int:
     except ValueError:
         pass
     raise RecipeError(f"{size!r} is not a size; write one like 5GB, 512MB or 2GiB")
-
-
-def refuse_existing(output: str | Path) -> Path:
-    """The output's path, or CheckpointError when something is there already."""
-    try:
-        path = Path(output).expanduser()
-        path = path if path.name not in ("", "..") else path.resolve()
-        taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{output} cannot be written to ({error}); give another -o OUT") from error
-    if taken:
-        raise CheckpointError(f"{path} exists already; give another -o OUT, or remove it first")
-    return path
-
-
-def refuse_full_disk(output: Path, plan: Plan) -> None:
-    """Return nothing; raise CheckpointError when the disk has no room for what will be written."""
-    folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < plan.output_bytes:
-        raise CheckpointError(
-            f"no space: the result takes {plan.output_bytes:,} bytes and the disk of {folder} has {free:,} free; "
-            "free some or give another -o OUT"
-        )
-
-
-@contextmanager
-def partial_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output to write in; renamed to the output at the end, removed on any error."""
-    partial = output.with_name(output.name + ".partial")
-    try:
-        if partial.exists():
-            if not (partial / MARKER).is_file():
-                raise CheckpointError(f"{partial} exists and isn't quantkit's; move it away or give another -o OUT")
-            log.warning("%s is left from a run that was stopped; starting anew", partial)
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        (partial / MARKER).touch()
-    except OSError as error:
-        raise CheckpointError(f"{partial} cannot be made: {error.strerror}; give another -o OUT") from error
-    try:
-        yield partial
-        (partial / MARKER).unlink()
-        sync(partial)
-        _put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    """Rename the finished folder, durably."""
-    try:
-        partial.rename(output)
-    except OSError as error:
-        raise CheckpointError(f"{output} cannot be made ({error.strerror}); give another -o OUT") from error
-    sync(output.absolute().parent)
 
 
 def compress_stage(

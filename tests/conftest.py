@@ -1,10 +1,7 @@
 """Fixtures of all tests: tiny models and their compressed copies, made once a session."""
 
 import os
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,24 +9,6 @@ import pytest
 
 if TYPE_CHECKING:
     from click.testing import Result
-
-TESTS = Path(__file__).parent
-
-# pytest puts this folder on sys.path. There tests/quantkit would hide the package of an editable install, and
-# tests/kernels pass for the hub's package of that name.
-sys.path[:] = [entry for entry in sys.path if Path(entry) != TESTS]
-
-
-class _Models:
-    """Lets tests `import models` (models.py beside this file)."""
-
-    @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Where that one module lies."""
-        return spec_from_file_location(name, TESTS / "models.py") if name == "models" else None
-
-
-sys.meta_path.append(_Models)
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,10 @@ def test_versions_in_constraints_lie_in_the_ranges_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     ranges = {
         requirement.name.replace("_", "-").lower(): requirement
-        for text in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+        for text in [
+            *project["dependencies"],
+            *(text for extra in project["optional-dependencies"].values() for text in extra),
+        ]
         for requirement in [Requirement(text)]
     }
     for file in ("constraints.txt", "tests/constraints-oldest.txt"):

@@ -8,7 +8,9 @@ from quantkit.cli.options import backend_option, device_option, hub_options
 @click.command("generate")
 @click.argument("checkpoint", metavar="OUT")
 @click.option("--prompt", required=True, help="The text to go on from.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="Tokens to add."
+)
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 takes the likeliest."
 )

@@ -17,7 +17,7 @@ from quantkit.cli.options import SPEC_HELP, data_dir_option, device_option, hub_
 @click.option("--dataset", metavar="SPEC", help="What to calibrate on. " + SPEC_HELP)
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to calibrate on.")
 @click.option("--seq-len", type=int, metavar="N", help="Tokens of a window. [default: 2048, or the model's context]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--seed", type=int, help="Seed of everything random. [default: the recipe's, or 0]")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these modules; repeatable.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these modules in float; repeatable.")
 @click.option(

@@ -21,9 +21,7 @@ VERSION = 1
 
 
 def reason_against(scheme: Scheme) -> str | None:
-    """Why this format can't say the scheme, or None."""
-    if scheme.group_size is not None:
-        return "it has one scale a row (no op multiplies by bytes in groups), and the recipe asks for groups"
+    """None: this format can say every scheme."""
     return None
 
 
@@ -34,14 +32,15 @@ def is_packed(scheme: Scheme) -> bool:
 
 def tensor_specs(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
     """What is stored for a linear layer [N, K] whose float weight has this dtype."""
+    groups = 1 if scheme.group_size is None else in_features // scheme.group_size
     return {
         "weight": TensorSpec((out_features, -(-in_features // 4)), torch.int32),
-        "weight_scale": TensorSpec((out_features, 1), dtype),
+        "weight_scale": TensorSpec((out_features, groups), dtype),
     }
 
 
 def compress(scheme: Scheme, codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Codes [N, K] and scale [N, 1] as they are stored."""
+    """Codes [N, K] and scale [N, G] as they are stored."""
     padding = -codes.shape[1] % 4
     words = F.pad(codes.contiguous().view(torch.uint8), (0, padding)).contiguous().view(torch.int32)
     return {"weight": words, "weight_scale": scale}
@@ -50,7 +49,7 @@ def compress(scheme: Scheme, codes: torch.Tensor, scale: torch.Tensor) -> dict[s
 def decompress(
     scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K], a view of the stored words, and scale [N, 1]."""
+    """Codes [N, K], a view of the stored words, and scale [N, G]."""
     codes = tensors["weight"].view(getattr(torch, scheme.weight_dtype))
     return codes[:, :in_features], tensors["weight_scale"]
 

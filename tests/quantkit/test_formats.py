@@ -135,7 +135,6 @@ def test_auto_takes_the_format_that_most_can_load():
     [
         (Scheme("float8_e5m2"), "compressed-tensors", "E5M2"),
         (Scheme("float8_e4m3fn", 128), "compressed-tensors", "groups"),
-        (Scheme("int8", 128), "quantkit", "groups"),
         (Scheme("int8"), "gguf", "'gguf'"),
     ],
 )
@@ -146,9 +145,8 @@ def test_a_format_that_cannot_say_a_scheme_is_refused(scheme, name, says):
     assert "auto" in str(error.value)
 
 
-def test_a_scheme_that_no_format_can_say_is_refused():
-    with pytest.raises(RecipeError, match="float8_e5m2 g128"):
-        formats.choose(Scheme("float8_e5m2", 128))
+def test_what_no_other_format_can_say_is_native():
+    assert formats.choose(Scheme("float8_e5m2", 128)) is native
 
 
 @pytest.mark.parametrize("config", [{}, {"quant_method": "gptq"}, {"quant_method": ["x"]}, "int8", 5, ["x"], None])
@@ -237,7 +235,7 @@ def test_what_compressed_tensors_can_say_and_we_do_not_read_is_refused(name):
         {"groups": [{"scheme": {"weight_dtype": "int8"}, "modules": "q"}]},
         {"groups": [{"scheme": {"weight_dtype": "int8"}, "modules": [1]}]},
         {"groups": [{"scheme": {"weight_dtype": "int4"}, "modules": ["q"]}]},
-        {"groups": [{"scheme": {"weight_dtype": "int8", "group_size": 128}, "modules": ["q"]}]},
+        {"groups": [{"scheme": {"weight_dtype": "int8", "group_size": 0}, "modules": ["q"]}]},
         {"groups": [{"scheme": {"weight_dtype": "int8", "new": 1}, "modules": ["q"]}]},
     ],
 )

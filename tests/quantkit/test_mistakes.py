@@ -12,9 +12,11 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from quantkit import pipeline, shards
+from quantkit.output import MARKER
 from quantkit.shards import ShardReader
 
 Usage = namedtuple("Usage", "total used free")
@@ -121,7 +123,7 @@ def test_an_output_that_appears_meanwhile(refused, model_folder, tmp_path, monke
 def test_our_own_leftover_is_replaced_and_said(cli, model_folder, tmp_path, caplog):
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    (partial / pipeline.MARKER).touch()
+    (partial / MARKER).touch()
     (partial / "shard-00000.safetensors").write_text("half")
     result = cli("quantize", model_folder(), "-o", tmp_path / "out", "-m", "w8a8")
     assert result.exit_code == 0, result.stderr
@@ -129,6 +131,16 @@ def test_our_own_leftover_is_replaced_and_said(cli, model_folder, tmp_path, capl
     assert str(partial) in caplog.text
     assert not partial.exists()
     assert not (tmp_path / "out" / "shard-00000.safetensors").exists()
+
+
+def test_a_run_beside_another_is_refused(mistake, model_folder, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    with FileLock(str(partial / MARKER)):
+        (partial / "shard-00000.safetensors").write_text("half")
+        mistake("quantize", model_folder(), "-o", tmp_path / "out", "-m", "w8a8", says=("another run", "-o OUT"))
+        assert (partial / "shard-00000.safetensors").read_text() == "half"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -267,7 +279,6 @@ def test_nothing_to_quantize(refused, model_folder, no_read):
         (("-m", "w8a8", "--include", "re:q_proj"), ("--include 're:q_proj'", "none of the 15 linear layers")),
         (("-m", "w8a8", "--ignore", "*"), ("no linear layer", "--ignore")),
         (("-m", "fp8:dtype=e5m2", "--format", "compressed-tensors"), ("compressed-tensors", "E5M2", "--format auto")),
-        (("-m", "int8:group=128", "--format", "quantkit"), ("quantkit", "groups", "--format auto")),
         (("-m", "w8a8", "--max-shard-size", "5TB"), ("'5TB'", "5GB")),
         (("-m", "w8a8", "--max-shard-size", "GB"), ("'GB'", "5GB")),
         (("-m", "w8a8", "--max-shard-size", "-1"), ("'-1'", "5GB")),

@@ -7,8 +7,10 @@ import torch
 from quantkit_kernels.formats import dequantize, quantize_per_token, quantize_weight
 
 from quantkit import formats
+from quantkit.formats import native
 from quantkit.modules import QuantizedLinear
 from quantkit.recipe import load_recipe, recipe_names
+from quantkit.scheme import Scheme
 
 SCHEMES = {name: load_recipe(name).scheme for name in recipe_names()}
 N, K = 24, 256
@@ -140,3 +142,15 @@ def test_nothing_is_trainable():
 
 def test_it_prints_its_scheme():
     assert "int8, activations per token" in repr(layer("w8a8")[0])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_quantkits_own_format_multiplies_in_groups(dtype):
+    """Equal to the decoded weight's product to the last bit: both are F.linear of the same numbers."""
+    scheme = Scheme(dtype, group_size=16)
+    weight = torch.randn(N, 64, generator=torch.Generator().manual_seed(2))
+    codes, scale = quantize_weight(weight, getattr(torch, dtype), 16)
+    made = QuantizedLinear(64, N, scheme, native, bias=False, dtype=torch.float32)
+    made.load_state_dict(native.compress(scheme, codes, scale))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(made(x), torch.nn.functional.linear(x, dequantize(codes, scale)))

@@ -1,0 +1,96 @@
+"""The output folder: nothing is overwritten, one run writes at a time, and it appears when all of it is right."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from quantkit.errors import CheckpointError
+from quantkit.shards import sync
+
+MARKER = "quantkit_partial"
+
+log = logging.getLogger("quantkit")
+
+
+def refuse_existing(output: str | Path) -> Path:
+    """The output's path, or CheckpointError when something is there already."""
+    try:
+        path = Path(output).expanduser()
+        path = path if path.name not in ("", "..") else path.resolve()
+        taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{output} cannot be written to ({error}); give another -o OUT") from error
+    if taken:
+        raise CheckpointError(f"{path} exists already; give another -o OUT, or remove it first")
+    return path
+
+
+def refuse_full_disk(output: Path, needed: int) -> None:
+    """Return nothing; raise CheckpointError when the disk has no room for what will be written."""
+    folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"no space: the result takes {needed:,} bytes and the disk of {folder} has {free:,} free; "
+            "free some or give another -o OUT"
+        )
+
+
+@contextmanager
+def partial_folder(output: Path) -> Iterator[Path]:
+    """A folder beside the output to write in; renamed to the output at the end, removed on any error.
+
+    Its marker says that it is quantkit's, and is locked while a run writes: one left by a run that was killed isn't,
+    and is replaced.
+
+    Raises:
+        CheckpointError: the folder can't be made, isn't quantkit's, or another run is writing in it.
+    """
+    partial = output.with_name(output.name + ".partial")
+    lock = FileLock(str(partial / MARKER), timeout=0)
+    try:
+        left = partial.exists()
+        if left and not (partial / MARKER).is_file():
+            raise CheckpointError(f"{partial} exists and isn't quantkit's; move it away or give another -o OUT")
+        partial.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        if left:
+            log.warning("%s is left from a run that was stopped; starting anew", partial)
+            _empty(partial)
+    except Timeout as error:
+        raise CheckpointError(f"another run is writing to {partial}; wait for it, or give another -o OUT") from error
+    except OSError as error:
+        raise CheckpointError(f"{partial} cannot be made: {error.strerror}; give another -o OUT") from error
+    try:
+        yield partial
+        sync(partial)
+        _put_in_place(partial, output)
+        (output / MARKER).unlink(missing_ok=True)
+    except BaseException:
+        _empty(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def _empty(partial: Path) -> None:
+    """Remove everything but the marker, which goes last: what a kill leaves behind stays known as ours."""
+    for path in partial.iterdir() if partial.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != MARKER:
+            path.unlink(missing_ok=True)
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename the finished folder, durably."""
+    try:
+        partial.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be made ({error.strerror}); give another -o OUT") from error
+    sync(output.absolute().parent)
