@@ -1,4 +1,4 @@
-"""Train the demo model: a Llama of four million parameters on CPython's own documentation, on a CPU.
+"""Train the demo model: a Llama of 3.7 million parameters on CPython's own documentation, on a CPU.
 
     python examples/train_demo_model.py --out demo-model
 
@@ -61,7 +61,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, batch: int,
     """Muon for the matrices, AdamW for embedding and norms; after a warm-up the rate falls to zero."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim == 1)]
-    muon = torch.optim.Muon(matrices, lr=0.004, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=0.005, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=0.008, betas=(0.9, 0.95), weight_decay=0.0)
     rate = lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps)  # noqa: E731
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in (muon, adamw)]
@@ -108,7 +108,7 @@ def main() -> None:
     """Corpus, tokenizer, training, checkpoint, figures."""
     parser = argparse.ArgumentParser(description="Train the demo model on CPython's documentation.")
     parser.add_argument("--out", default="demo-model", help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=1300, help="optimizer steps (default: 1300)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (default: 1200)")
     parser.add_argument("--batch", type=int, default=2048, help="tokens in a step (default: 2048)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -15,7 +15,7 @@ COLUMNS = ("recipe", "bits/weight", "bytes", "perplexity", "KL", "top-1", "quant
 def command(output: str | None, max_tokens: int, device: str, as_json: bool) -> None:
     """Compress the bundled model by every recipe, evaluate each result, and print one table.
 
-    The model (3 million parameters) was trained on the documentation that comes with CPython; it is evaluated on the
+    The model (3.7 million parameters) was trained on the documentation that comes with CPython; it is evaluated on the
     part of it that was held out. Nothing is downloaded.
     """
     from quantkit.checkpoint import quiet_transformers
