@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 import quantkit.hf
 from quantkit import load
 from quantkit.checkpoint import read_config
-from quantkit.errors import CheckpointError
 from quantkit.hf import QuantkitConfig
 from quantkit.modules import QuantizedLinear
 
@@ -55,15 +54,6 @@ def test_without_the_import_a_load_fails_and_runs_no_codes_as_weights(compressed
     assert "LOADED" not in result.stdout
     assert "RuntimeError" in result.stderr
     assert "MISMATCH" in result.stderr
-
-
-def test_a_group_size_in_our_own_format_is_refused(compressed, tmp_path):
-    folder = models.copy(compressed("fp8-e5m2"), tmp_path / "model")
-    config = read_config(folder)["quantization_config"]
-    config["groups"][0]["scheme"] |= {"group_size": 128, "activation_dtype": None}
-    models.change_config(folder, quantization_config=config)
-    with pytest.raises(CheckpointError, match="groups"):
-        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_the_config_object_is_what_is_on_disk(compressed):

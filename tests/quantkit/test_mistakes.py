@@ -416,6 +416,7 @@ def test_ctrl_c_leaves_nothing_and_exits_130(cli, model_folder, tmp_path, monkey
 def test_a_real_signal_leaves_nothing_and_exits_130(model_folder, tmp_path):
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "from quantkit import pipeline\n"
         "stage = pipeline.compress_stage\n"
         "def then_interrupt(*words):\n"
