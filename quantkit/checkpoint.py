@@ -5,8 +5,10 @@ in `names_of` come from transformers' own conversion of checkpoints (`core_model
 in pyproject.toml say which releases were tried.
 """
 
+import copy
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +20,8 @@ from quantkit.errors import CheckpointError
 from quantkit.shards import PICKLES, ShardReader, TensorInfo
 
 WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.h5", "*.msgpack", "*.onnx", "*.gguf", *PICKLES)
+log = logging.getLogger("quantkit")
+
 NOT_COPIED = ("config.json", "README.md", "quantkit_*.json", ".*", *WEIGHT_FILES)
 
 
@@ -87,17 +91,23 @@ def resolve(model: str | Path, hub: Hub) -> Path:
     Raises:
         CheckpointError: neither a folder nor a hub id that can be had.
     """
+    if not isinstance(model, (str, Path)):
+        raise CheckpointError(f"{model!r} is no model; give a folder, a hub id, or a transformers model in memory")
     text = str(model)
     try:
         path = Path(model).expanduser()
         if path.is_dir():
+            if hub.revision is not None:
+                log.warning("--revision %s is unused: %s is a folder, not a hub id", hub.revision, text)
             return path
         exists = path.exists()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{text} cannot be opened ({error}); give a model's folder, or a hub id") from error
     if exists or text.startswith((".", "/", "~")) or text.count("/") != 1:
         kind = "is a file" if exists else "does not exist"
-        raise CheckpointError(f"{text} {kind}; give a folder with config.json and weights, or a hub id like org/name")
+        raise CheckpointError(
+            f"{text} {kind}; give a folder with config.json and weights, or a hub id with its owner, like org/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -226,8 +236,14 @@ def open_model(model: nn.Module, tokenizer: Any = None) -> Source:
 
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"{type(model).__name__} is no transformers PreTrainedModel; give one, or a folder")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise CheckpointError(
+            f"{type(model).__name__} has tensors on the meta device (not loaded, or offloaded to disk); "
+            "load all of it, or give its folder"
+        )
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     refuse_unfit(config, name, Hub(trust_remote_code=True))
     generation = model.generation_config.to_dict() if model.can_generate() else None
@@ -248,6 +264,44 @@ def decoder_blocks(model: nn.Module) -> tuple[str, int]:
         raise CheckpointError(f"{type(model).__name__} has no list of layers to go through block by block")
     name = max(lists, key=lambda key: lists[key])
     return name, len(model.get_submodule(name))  # type: ignore[arg-type]
+
+
+def empty_copy(model: nn.Module) -> nn.Module:
+    """A model of the same class and config with everything on the meta device, buffers too."""
+    with torch.device("meta"):
+        made: nn.Module = type(model)(copy.deepcopy(model.config))
+    return made.eval()
+
+
+def conversion_problems(source: Source, prepare: Callable[[nn.Module], None] | None = None) -> list[str]:
+    """What transformers would miss or could not convert when it loads these tensors, one phrase each.
+
+    Its own conversion runs, on tensors of the meta device: it sees names, shapes and dtypes, and no value is read. Tied
+    parameters are made by either of their names. `prepare` changes the model first (puts quantized layers in).
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    model = empty_copy(source.skeleton)
+    if prepare is not None:
+        prepare(model)
+    ties = tied_parameters(model)
+    state = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in source.weights.tensors.items()}
+    mapping = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
+    info, _ = convert_and_load_state_dict_in_model(model, state, settings)
+    names = list(model.state_dict())
+    made = set(names) - info.missing_keys
+    made |= {first for second, first in ties.items() if second in made}
+    absent = sorted(name for name in names if name not in made and ties.get(name) not in made)
+    found = [f"no tensor makes {name!r}" for name in absent]
+    found += [
+        f"{item[0]!r} is {list(item[1])} where {list(item[2])} is expected" for item in sorted(info.mismatched_keys)
+    ]
+    return found + [
+        f"{name!r} cannot be made: {' '.join(str(why).split())}" for name, why in info.conversion_errors.items()
+    ]
 
 
 @dataclass(frozen=True)

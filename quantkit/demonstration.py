@@ -6,8 +6,9 @@ from typing import Any
 
 from quantkit.checkpoint import load_tokenizer
 from quantkit.demo import model_path
-from quantkit.evaluation import evaluate
+from quantkit.evaluation import check_text, evaluate
 from quantkit.loading import load
+from quantkit.output import refuse_existing
 from quantkit.pipeline import quantize
 from quantkit.progress import track
 from quantkit.recipe import recipe_names
@@ -20,13 +21,16 @@ def demonstrate(
     """One row a recipe, the float model's first; the checkpoints stay in `output` if it is given.
 
     Raises:
-        QuantkitError: `output` holds something already, or this Python carries no documentation to evaluate on.
+        QuantkitError: `output` holds something already, this Python carries no documentation to evaluate on, or
+            `max_tokens` is less than a window. All of it is found out before anything is compressed.
     """
+    kept = None if output is None else refuse_existing(output)
     texts = read("demo")
     baseline, tokenizer = load(model_path(), device=device), load_tokenizer(model_path())
+    check_text(texts, tokenizer, baseline, "the demo model", max_tokens=max_tokens)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(output or temporary)
+        folder = kept or Path(temporary)
         names = recipe_names()
         for name in track(names, "recipes", len(names), "recipe"):
             report = quantize(model_path(), folder / name, recipe=name, device=device, progress=False)

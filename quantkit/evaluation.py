@@ -18,7 +18,14 @@ import torch
 from quantkit_eval.compare import Comparison
 from quantkit_eval.data import windows
 from quantkit_eval.perplexity import Perplexity, bits_per_byte, token_nll, window_nll
-from quantkit_eval.tasks import LastWord, Passage, continuation_rows, encode_passage, padded
+from quantkit_eval.tasks import (
+    LastWord,
+    Passage,
+    UnscorablePassageError,
+    continuation_rows,
+    encode_passage,
+    padded,
+)
 
 from quantkit.checkpoint import Hub
 from quantkit.errors import CheckpointError, DataError, QuantkitError
@@ -81,7 +88,10 @@ def evaluate(
         tokenizer: used instead of the model's.
         progress: say on stderr how far it is.
 
-    `tokens` counts predictions: seq_len - 1 a window, or a passage's continuation. Raises QuantkitError's children, one
+    A model in memory whose `name_or_path` is a folder has its tokenizer there. `tokens` counts predictions: seq_len - 1
+    a window, or a passage's continuation. Of passages, `truncated_passages` counts those that were cut on the left,
+    `split_passages` those whose context and continuation had to be encoded apart, and `skipped_passages` those without
+    a token to read or to predict, or with more to predict than the model reads. Raises QuantkitError's children, one
     sentence each, for what can't be evaluated: see the tests for the list.
     """
     started = time.monotonic()
@@ -115,19 +125,26 @@ def evaluate(
     return result
 
 
-def check_text(texts: Texts, tokenizer: Any, model: Model, name: str, seq_len: int | None = None) -> None:
+def check_text(
+    texts: Texts,
+    tokenizer: Any,
+    model: Model,
+    name: str,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+) -> None:
     """Raises what `evaluate` would raise for these texts, without running the model.
 
     Only the model's config is looked at, so that a model without weights serves as well: a long job can find out at
     once that its result could not be evaluated.
     """
-    _check_arguments(seq_len, None, None, None)
+    _check_arguments(seq_len, max_tokens, None, None)
     require_tokenizer(texts, tokenizer, name)
     length = window_length(Pair(model, name, None, ""), seq_len)
     if texts.kind == "passages":
-        largest = max(max(passage.tokens) for passage in _passages(texts, tokenizer, length, None))
+        largest = max(max(passage.tokens) for passage in _passages(texts, tokenizer, length, max_tokens)[0])
     else:
-        largest = int(_windows(tokenize(texts, tokenizer).ids, texts.name, length, None).max())
+        largest = int(_windows(tokenize(texts, tokenizer).ids, texts.name, length, max_tokens).max())
     check_vocabulary(model, name, largest)
 
 
@@ -187,7 +204,7 @@ def _last_word(
     progress: bool,
 ) -> dict[str, Any]:
     """Last-word accuracy over passages, with what a comparison adds (over the continuations' tokens)."""
-    passages = _passages(texts, tokenizer, context, max_tokens)
+    passages, skipped = _passages(texts, tokenizer, context, max_tokens)
     check_vocabulary(pair.model, pair.name, max(max(p.tokens) for p in passages))
     # Longest first: little padding, and too large a batch fails at once.
     passages.sort(key=lambda p: len(p.tokens), reverse=True)
@@ -215,6 +232,8 @@ def _last_word(
         "accuracy_stderr": result.accuracy_stderr,
         "passages": result.passages,
         "truncated_passages": sum(p.truncated for p in passages),
+        "split_passages": sum(p.split for p in passages),
+        "skipped_passages": skipped,
     }
     if pair.baseline is not None:
         base_result = theirs.result()
@@ -260,22 +279,29 @@ def _windows(ids: torch.Tensor, name: str, seq_len: int, max_tokens: int | None)
     return windows(ids, seq_len, max_tokens)
 
 
-def _passages(texts: Texts, tokenizer: Any, context: int, max_tokens: int | None) -> list[Passage]:
-    """The passages' tokens; with `max_tokens` those from the start that fit in so many."""
+def _passages(texts: Texts, tokenizer: Any, context: int, max_tokens: int | None) -> tuple[list[Passage], int]:
+    """The passages' tokens, and how many passages can't be scored; with `max_tokens` those from the start that fit."""
     passages: list[Passage] = []
+    refused: list[str] = []
     room = math.inf if max_tokens is None else max_tokens
     for number, (before, word) in enumerate(texts.passages, 1):
         try:
             passage = encode_passage(before, word, lambda text: encode(tokenizer, text), context)
-        except ValueError as error:
-            raise DataError(f"{texts.name} row {number}: {error}; leave it out") from error
+        except UnscorablePassageError as error:
+            refused.append(f"row {number}: {error}")
+            continue
         room -= len(passage.tokens)
         if room < 0:
             break
         passages.append(passage)
-    if not passages:
+    if not passages and room < 0:
         raise DataError(f"max_tokens is {max_tokens}, less than the first passage of {texts.name} has: raise it")
-    return passages
+    if not passages:
+        raise DataError(
+            f"{texts.name} has no passage that can be scored ({refused[0]}): check that its text, the tokenizer and "
+            "the model's context belong together"
+        )
+    return passages, len(refused)
 
 
 def _logits(model: Model, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,12 +1,17 @@
 """complete(): text after a prompt, for a quick look at a checkpoint."""
 
+import math
 from pathlib import Path
 
 import torch
 
 from quantkit.checkpoint import Hub, load_tokenizer
-from quantkit.errors import CheckpointError, DataError
+from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.loading import load
+from quantkit.pairing import context_length
+
+# Below it, logits over the temperature leave float16 and the softmax is the likeliest token anyway.
+LEAST_TEMPERATURE = 1e-3
 
 
 def complete(
@@ -23,9 +28,11 @@ def complete(
     """The prompt and what the model says after it; with temperature 0 the likeliest token each time.
 
     Raises:
+        QuantkitError: max_new_tokens, temperature or seed is out of its range.
         CheckpointError: the model has no tokenizer.
-        DataError: the prompt has no token that the tokenizer knows.
+        DataError: the prompt has no token that the tokenizer knows, or more than the model's context has room for.
     """
+    _check_arguments(max_new_tokens, temperature, seed)
     hub = hub or Hub()
     words = {**hub.download, "trust_remote_code": hub.trust_remote_code}
     tokenizer = load_tokenizer(checkpoint, **words)
@@ -37,9 +44,34 @@ def complete(
     ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if ids["input_ids"].numel() == 0:
         raise DataError(f"the prompt {prompt!r} has no token that the tokenizer of {checkpoint} knows; give another")
+    _check_room(ids["input_ids"].shape[-1], max_new_tokens, context_length(model), checkpoint)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.inference_mode():
         out = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     text: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return text
+
+
+def _check_arguments(max_new_tokens: int, temperature: float, seed: int) -> None:
+    if max_new_tokens < 1:
+        raise QuantkitError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:  # also false for NaN
+        raise QuantkitError(
+            f"temperature is {temperature}: expected 0, which takes the likeliest token, or a finite number of at "
+            f"least {LEAST_TEMPERATURE}"
+        )
+    if not 0 <= seed < 2**63:
+        raise QuantkitError(f"seed is {seed}: expected 0 to 2**63 - 1")
+
+
+def _check_room(prompt: int, max_new_tokens: int, context: int | None, checkpoint: str | Path) -> None:
+    """Return nothing; raise DataError where prompt and new tokens together are more than the model's context."""
+    if context is None or prompt + max_new_tokens <= context:
+        return
+    room = context - prompt
+    remedy = f"choose a max_new_tokens of {room} or less" if room > 0 else f"give one of fewer than {context} tokens"
+    raise DataError(
+        f"the prompt has {prompt} tokens and max_new_tokens is {max_new_tokens}, {prompt + max_new_tokens} together, "
+        f"and {checkpoint} reads at most {context}: {remedy if room > 0 else 'shorten the prompt, ' + remedy}"
+    )

@@ -65,12 +65,15 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: QuantkitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.layout = formats.of_config(quantization_config.stored, "the checkpoint")
-        self.parsed = self.layout.parse(quantization_config.stored)
+        layout = formats.of_config(quantization_config.stored, "the checkpoint")
+        self.format = layout.NAME
+        self.parsed = layout.parse(quantization_config.stored)
         self.stored_names: set[str] = set()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        replace_linears(model, self.layout, self.parsed, self.quantization_config.backend)
+        # By name: a model keeps its quantizer, and a copy of the model can hold a name, but no module.
+        layout = formats.FORMATS[self.format]
+        replace_linears(model, layout, self.parsed, self.quantization_config.backend)
         self.stored_names = {f"{name}.{leaf}" for name, layer in quantized_layers(model) for leaf in layer.stored}
         return model
 
@@ -84,11 +87,13 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, layer in quantized_layers(model):
             for leaf, spec in layer.stored.items():
-                found = layer.get_buffer(leaf).dtype
-                if not (found in FLOAT_DTYPES if leaf.endswith("scale") else found == spec.dtype):
+                buffer = layer.get_buffer(leaf)
+                right = buffer.dtype in FLOAT_DTYPES if leaf.endswith("scale") else buffer.dtype == spec.dtype
+                if not right or tuple(buffer.shape) != spec.shape:
                     raise CheckpointError(
-                        f"tensor '{name}.{leaf}' is {found} where {spec.dtype} is expected; "
-                        "the files and their quantization_config don't belong together: download both again"
+                        f"tensor '{name}.{leaf}' is {buffer.dtype} {list(buffer.shape)} where {spec.dtype} "
+                        f"{list(spec.shape)} is expected; the files and their quantization_config don't belong "
+                        "together: download both again"
                     )
         return model
 

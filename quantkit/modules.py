@@ -67,6 +67,14 @@ class QuantizedLinear(nn.Module):
         product = ops.linear_weight_only if self.scheme.activation_dtype is None else ops.linear_dynamic
         return product(x, codes, scale, self.bias, self.backend)
 
+    def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
+        """`weight` of a packed layer is its packed words: models that look at every layer's weight when they are built
+        (to initialize it, say, which transformers skips for what was loaded) find something there."""
+        if name == "weight" and "weight_packed" in self.__dict__.get("_buffers", {}):
+            return self.get_buffer("weight_packed")
+        found: torch.Tensor | nn.Module = super().__getattr__(name)
+        return found
+
     @property
     def backend_in_use(self) -> str:
         """What the layer's product runs on where its tensors are: `triton`, `cpu` or `torch`."""

@@ -21,6 +21,9 @@ def refuse_existing(output: str | Path) -> Path:
     try:
         path = Path(output).expanduser()
         path = path if path.name not in ("", "..") else path.resolve()
+        if path.is_mount() or path.resolve() == Path.cwd():
+            kind = "a mount point" if path.is_mount() else "the folder that you are in"
+            raise CheckpointError(f"{path} is {kind}, and the result replaces its folder; give a new folder as -o OUT")
         taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{output} cannot be written to ({error}); give another -o OUT") from error
@@ -31,7 +34,7 @@ def refuse_existing(output: str | Path) -> Path:
 
 def refuse_full_disk(output: Path, needed: int) -> None:
     """Return nothing; raise CheckpointError when the disk has no room for what will be written."""
-    folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
@@ -58,6 +61,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
             raise CheckpointError(f"{partial} exists and isn't quantkit's; move it away or give another -o OUT")
         partial.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        refuse_existing(output)
         if left:
             log.warning("%s is left from a run that was stopped; starting anew", partial)
             _empty(partial)

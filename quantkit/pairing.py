@@ -93,9 +93,9 @@ def folder_of(model: Any, hub: Hub) -> Path | None:
 
 def tokenizer_for(model: Any, baseline: Any, hub: Hub, texts: Texts) -> Any:
     """The model's tokenizer; refuses a baseline whose tokenizer has another vocabulary."""
-    tokenizer = _tokenizer_of(model, hub)
+    tokenizer = tokenizer_of(model, hub)
     require_tokenizer(texts, tokenizer, name_of(model))
-    other = None if baseline is None else _tokenizer_of(baseline, _baseline_hub(hub))
+    other = None if baseline is None else tokenizer_of(baseline, _baseline_hub(hub))
     if other is not None and other.get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"the tokenizers of {name_of(model)} and {name_of(baseline)} have different vocabularies: give the "
@@ -113,7 +113,8 @@ def require_tokenizer(texts: Texts, tokenizer: Any, name: str) -> None:
         )
 
 
-def _tokenizer_of(model: Any, hub: Hub) -> Any:
+def tokenizer_of(model: Any, hub: Hub) -> Any:
+    """The tokenizer in the model's folder (of a model in memory: the folder it came from), or None without one."""
     folder = folder_of(model, hub)
     if folder is None:
         return None
@@ -156,12 +157,22 @@ def _place(model: Any, baseline: Any, device: str) -> str:
     if device == "auto" and in_memory:
         return str(in_memory[0].device)
     place = pick_device(device)
+    current = torch.cuda.current_device() if place.type == "cuda" else 0
     for given in in_memory:
-        if torch.device(place) != torch.device(str(given.device)):
+        if not same_place(place, torch.device(str(given.device)), current):
             raise QuantkitError(
                 f"device is {device} and {name_of(given)} is on {given.device}: move it or say device auto"
             )
     return str(place)
+
+
+def same_place(one: torch.device, other: torch.device, current: int) -> bool:
+    """Whether both are one device, where a GPU without an index is the current one."""
+
+    def index(device: torch.device) -> int:
+        return device.index if device.index is not None else current if device.type == "cuda" else 0
+
+    return (one.type, index(one)) == (other.type, index(other))
 
 
 def _load(model: Any, hub: Hub, place: str, backend: str) -> Model:

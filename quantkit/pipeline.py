@@ -15,7 +15,7 @@ from torch import nn
 from quantkit import formats
 from quantkit.checkpoint import Hub, Source, load_tokenizer, open_folder, open_model
 from quantkit.devices import pick_device
-from quantkit.errors import CheckpointError, RecipeError
+from quantkit.errors import CheckpointError, QuantkitError, RecipeError
 from quantkit.memory import peak_memory_bytes
 from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
 from quantkit.planning import Plan, Stage, Target, make_plan
@@ -81,7 +81,8 @@ def quantize(
         progress: show progress on stderr.
 
     Raises:
-        QuantkitError: any mistake that a user can mend; then `output` doesn't exist.
+        QuantkitError: any mistake that a user can mend; then `output` doesn't exist. Only an evaluation that fails
+            comes after it is safe, and says so.
     """
     started = time.monotonic()
     made = _recipe(recipe, steps, include, ignore, seed)
@@ -89,6 +90,8 @@ def quantize(
     target = refuse_existing(output)
     if dataset is not None and not made.observes:
         log.warning("--dataset %s is unused: no step of this recipe observes data", dataset)
+    if seq_len is not None and not made.observes and eval_dataset is None:
+        log.warning("--seq-len %s is unused: nothing is observed or evaluated", seq_len)
     hub = Hub(revision, token, cache_dir, trust_remote_code)
     source = open_model(model, tokenizer) if isinstance(model, nn.Module) else open_folder(model, hub)
     layout = formats.choose(_scheme(made), format)
@@ -113,7 +116,10 @@ def quantize(
         write_text(folder / "README.md", model_card(report, source))
         write_report(folder, report)
     if evaluation is not None:
-        report.evaluation = evaluation(target)
+        try:
+            report.evaluation = evaluation(target)
+        except QuantkitError as error:
+            raise QuantkitError(f"{target} is written and verified, but its evaluation failed: {error}") from error
         write_report(target, report)
         write_text(target / "README.md", model_card(report, source))
     return report
@@ -127,6 +133,7 @@ def _recipe(
     seed: int | None,
 ) -> Recipe:
     """The recipe of either steps or a recipe, with patterns added."""
+    include, ignore = ([v] if isinstance(v, str) else v for v in (include, ignore))
     if recipe is not None and steps:
         raise RecipeError("both steps and a recipe are given; give -m STEP or --recipe NAME|FILE, not both")
     if recipe is None:
@@ -197,6 +204,8 @@ def compress_stage(
             refuse_nonfinite(tensor, key, source)
         if key not in plan.targets:
             writer.add({plan.renamed.get(key, key): tensor})
+            if not stage.is_block:
+                writer.flush()
             continue
         target = plan.targets[key]
         tensors, layer = compress_linear(target, tensor.to(device), layout)

@@ -1,5 +1,6 @@
 """The plan: what would happen to every tensor, and why, from config and headers alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -7,12 +8,21 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from quantkit.checkpoint import Origin, Source, decoder_blocks, linears, names_of, output_head, tied_parameters
+from quantkit.checkpoint import (
+    Origin,
+    Source,
+    conversion_problems,
+    decoder_blocks,
+    linears,
+    names_of,
+    output_head,
+    tied_parameters,
+)
+from quantkit.discovery import weights_read_elsewhere
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.recipe import Recipe, matches
 from quantkit.scheme import Scheme
 
-LARGE_TENSOR = 64 * 2**20
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,10 +63,11 @@ class PatternMatch:
 
 @dataclass(frozen=True)
 class Stage:
-    """Checkpoint keys that are read, worked on and written together: a block, or what lies outside of the blocks."""
+    """Checkpoint keys that are read, worked on and written together: a block; or, one by one, what lies outside."""
 
     name: str
     keys: tuple[str, ...]
+    is_block: bool
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Plan:
         renamed: checkpoint keys that are written under another name: a tied tensor stored only under the name of its
             second use gets that of the first, where servers look for it.
         patterns: what the patterns matched.
+        notes: what else a reader of the plan should know.
         output_bytes: bytes of all tensors that will be written.
     """
 
@@ -82,6 +94,7 @@ class Plan:
     unused: tuple[str, ...]
     renamed: dict[str, str]
     patterns: tuple[PatternMatch, ...]
+    notes: tuple[str, ...]
     output_bytes: int
 
 
@@ -100,7 +113,8 @@ def make_plan(source: Source, recipe: Recipe, format_module: ModuleType) -> Plan
     _refuse_incomplete(source, origins)
     patterns = _pattern_matches(source, recipe)
     keys = {origin.parameter: key for key, origin in origins.items() if origin.parameter and not origin.converted}
-    reasons = _reasons(source, recipe, keys)
+    elsewhere, ended = weights_read_elsewhere(source.skeleton)
+    reasons = _reasons(source, recipe, keys, elsewhere)
     targets = {}
     for name, module in linears(source.skeleton):
         if name not in reasons:
@@ -108,7 +122,7 @@ def make_plan(source: Source, recipe: Recipe, format_module: ModuleType) -> Plan
             info = source.weights.tensors[key]
             targets[key] = Target(name, key, module.out_features, module.in_features, info.dtype, scheme)
     if not targets:
-        raise RecipeError(f"no linear layer of {source.name} is left to quantize; widen --include or narrow --ignore")
+        raise RecipeError(_nothing_left(source, reasons))
     _refuse_indivisible(list(targets.values()), scheme)
     unused = tuple(key for key, origin in origins.items() if origin.parameter is None)
     output = sum(info.nbytes for key, info in source.weights.tensors.items() if key not in targets)
@@ -123,7 +137,21 @@ def make_plan(source: Source, recipe: Recipe, format_module: ModuleType) -> Plan
         unused,
         _renamed(source, origins),
         patterns,
+        ()
+        if ended is None
+        else (f"the data flow was seen only in part, as the pass without data ended early: {ended}",),
         output,
+    )
+
+
+def _nothing_left(source: Source, reasons: dict[str, str]) -> str:
+    """The sentence for a model of which nothing would be quantized, with the commonest reason."""
+    if not reasons:
+        return f"{source.name} has no linear layer of torch's own kind, and quantkit quantizes no other kind yet"
+    reason, count = Counter(reasons.values()).most_common(1)[0]
+    return (
+        f"no linear layer of {source.name} is left to quantize ({count} of {len(reasons)}: {reason}); "
+        "change --include or --ignore if that is why, or use another model"
     )
 
 
@@ -133,6 +161,12 @@ def _refuse_incomplete(source: Source, origins: dict[str, Origin]) -> None:
     made = {origin.parameter for origin in origins.values()}
     made |= {tied[name] for name in made if name in tied}
     converted = any(origin.converted for origin in origins.values())
+    problems = conversion_problems(source) if converted and source.folder is not None else []
+    if problems:
+        raise CheckpointError(
+            f"{source.name} is incomplete: {problems[0]} ({len(problems)} such problems); "
+            "a shard may be missing: download the checkpoint again"
+        )
     absent = [name for name, _ in model.named_parameters() if name not in made]
     if absent and not converted:
         raise CheckpointError(
@@ -150,7 +184,7 @@ def _refuse_incomplete(source: Source, origins: dict[str, Origin]) -> None:
             )
 
 
-def _reasons(source: Source, recipe: Recipe, keys: dict[str, str]) -> dict[str, str]:
+def _reasons(source: Source, recipe: Recipe, keys: dict[str, str], elsewhere: set[str]) -> dict[str, str]:
     """Every linear layer that stays in float, to the reason."""
     head, tied = output_head(source.skeleton), tied_parameters(source.skeleton)
     sources_of_ties = set(tied.values())
@@ -169,6 +203,8 @@ def _reasons(source: Source, recipe: Recipe, keys: dict[str, str]) -> dict[str, 
             reasons[name] = "no include pattern matches it"
         elif name == head and not included:
             reasons[name] = "makes the logits; --include it to quantize it"
+        elif name in elsewhere:
+            reasons[name] = "has a weight that other code reads without calling the layer"
         elif weight not in keys:
             reasons[name] = "its weight is merged or changed while the checkpoint is loaded"
         elif source.weights.tensors[keys[weight]].dtype not in FLOAT_DTYPES:
@@ -233,7 +269,7 @@ def _renamed(source: Source, origins: dict[str, Origin]) -> dict[str, str]:
 
 
 def _stages(source: Source, origins: dict[str, Origin]) -> tuple[Stage, ...]:
-    """All keys: those outside of the blocks first (large ones each by itself), then block by block."""
+    """All keys: those outside of the blocks first, then block by block."""
     blocks, count = decoder_blocks(source.skeleton)
     members: dict[str, list[str]] = {"outside the blocks": []}
     members |= {f"{blocks}.{number}": [] for number in range(count)}
@@ -242,8 +278,6 @@ def _stages(source: Source, origins: dict[str, Origin]) -> tuple[Stage, ...]:
         number = name.removeprefix(f"{blocks}.").split(".")[0] if name.startswith(f"{blocks}.") else ""
         members.get(f"{blocks}.{number}", members["outside the blocks"]).append(key)
     outside = members.pop("outside the blocks")
-    large = [key for key in outside if source.weights.tensors[key].nbytes > LARGE_TENSOR]
-    stages = [Stage(key, (key,)) for key in large]
-    stages += [Stage("outside the blocks", tuple(key for key in outside if key not in large))]
-    stages += [Stage(name, tuple(keys)) for name, keys in members.items()]
+    stages = [Stage("outside the blocks", tuple(outside), is_block=False)]
+    stages += [Stage(name, tuple(keys), is_block=True) for name, keys in members.items()]
     return tuple(stage for stage in stages if stage.keys)

@@ -114,7 +114,9 @@ class Recipe:
     def of(
         cls, steps: Sequence[str | Step], include: Sequence[str] = (), ignore: Sequence[str] = (), seed: int = 0
     ) -> "Recipe":
-        """The recipe of these steps, each a `Step` or its text."""
+        """The recipe of these steps, each a `Step` or its text; a single string is one step or pattern."""
+        steps = [steps] if isinstance(steps, str) else steps
+        include, ignore = ([v] if isinstance(v, str) else v for v in (include, ignore))
         parsed = tuple(Step.parse(step) if isinstance(step, str) else step for step in steps)
         return cls(parsed, tuple(include), tuple(ignore), seed)
 
@@ -224,7 +226,11 @@ def check_pattern(pattern: str) -> None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a module name: a glob on the whole name, or after `re:` a regex from its start."""
+    """Whether a pattern matches a module's name, or that of a module that it lies in.
+
+    A pattern is a glob on the whole name, or after `re:` a regex from the name's start.
+    """
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))

@@ -55,6 +55,7 @@ class Report:
         seconds: wall-clock time, evaluation aside.
         peak_memory_bytes: the process's peak memory (VmHWM), or None where it can't be read.
         evaluation: what `quantkit eval` found, if asked.
+        notes: what else a reader should know.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Report:
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
     evaluation: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -99,6 +101,7 @@ class Report:
             source.weights.nbytes,
             nbytes,
             verified,
+            notes=list(plan.notes),
             versions=versions,
         )
 
@@ -130,6 +133,7 @@ class Report:
             f"  cost       {self.seconds:.1f} s, {_megabytes(self.peak_memory_bytes)} peak memory",
         ]
         lines += [f"  --{match.kind} {match.pattern}: {match.matched} linear layers" for match in self.patterns]
+        lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  written as {new}, its tie: {old}" for old, new in self.renamed.items()]
         for reason, names in _by_reason(self.left_alone).items():
             lines.append(f"  left alone {_shortened(names)}: {reason}")
@@ -181,7 +185,7 @@ def model_card(report: Report, source: Source) -> str:
         front.append(f"license: {_license(source)}")
     steps = ", ".join(f"`{step}`" for step in report.recipe["steps"])
     body = [
-        f"# {Path(report.model).name}, compressed",
+        f"# {_title(report, source)}, compressed",
         "",
         f"Made from `{report.model}` by quantkit {report.versions.get('quantkit')} with {steps}, "
         f"stored as {report.format}.",
@@ -200,17 +204,28 @@ def model_card(report: Report, source: Source) -> str:
         f"| largest weight error | {report.worst.weight_error:.2%} ({report.worst.module}) |",
     ]
     if report.evaluation is not None:
-        body += ["", evaluation_line(report.evaluation).removeprefix("evaluation ").capitalize() + "."]
+        line = evaluation_line(report.evaluation).removeprefix("evaluation ")
+        body += ["", line[0].upper() + line[1:] + "."]  # capitalize() would change the data set's name
     else:
         body += ["", "Not evaluated yet: `quantkit eval THIS --dataset SPEC --baseline FLOAT_MODEL`."]
     return "\n".join([*front, "---", "", *body, ""])
 
 
+def _title(report: Report, source: Source) -> str:
+    """The model's own name, also where the user called it `.`, `..`, `~` or `/`."""
+    name = Path(report.model).name
+    if name in ("", "..", "~") and source.folder is not None:
+        name = source.folder.resolve().name
+    return name or report.model
+
+
 def _license(source: Source) -> str | None:
-    """The licence that the source's own model card states, or None."""
+    """The licence that the source's own model card states on one line, or None."""
     card = source.folder / "README.md" if source.folder is not None else None
     if card is None or not card.is_file():
         return None
     parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
     lines = parts[1].splitlines() if len(parts) == 3 and not parts[0].strip() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)
+    value = next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), "")
+    # YAML for nothing, and the beginnings of lists, mappings, comments and texts of several lines.
+    return None if value in ("", "~", "null", '""', "''") or value[0] in "-[{#|>" else value

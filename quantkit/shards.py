@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,26 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SMALLEST_SHARD = 16 * 2**20
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Every dtype that both safetensors and torch know.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -36,7 +46,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, and its shape and dtype, from a file's header."""
+    """Where a tensor lies, and its shape and dtype as torch has them, from a file's header."""
 
     path: Path
     shape: tuple[int, ...]
@@ -90,8 +100,14 @@ class ShardReader:
 
 
 def _shards(folder: Path) -> Iterator[tuple[Path, list[str] | None]]:
-    """Every shard's path, with the names that the index places in it (None without an index)."""
+    """Every shard's path, with the names that the index places in it (None for the single file).
+
+    Where both are there the single file counts, as it does for transformers (`_get_resolved_checkpoint_files`).
+    """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        yield folder / SINGLE, None
+        return
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -108,9 +124,6 @@ def _shards(folder: Path) -> Iterator[tuple[Path, list[str] | None]]:
             if not (folder / shard).is_file():
                 raise CheckpointError(f"shard {shard} is missing from {folder}, and {INDEX} names it; download it")
             yield folder / shard, names
-        return
-    if (folder / SINGLE).is_file():
-        yield folder / SINGLE, None
         return
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -131,7 +144,10 @@ def _header(path: Path) -> dict[str, TensorInfo]:
                 dtype = view.get_dtype()
                 if dtype not in DTYPES:
                     raise CheckpointError(f"tensor {name!r} of {path} has dtype {dtype}, which quantkit doesn't read")
-                found[name] = TensorInfo(path, tuple(view.get_shape()), DTYPES[dtype])
+                shape = tuple(view.get_shape())
+                if dtype == "F4":  # the header counts elements, and torch the bytes that hold two each
+                    shape = (*shape[:-1], shape[-1] // 2)
+                found[name] = TensorInfo(path, shape, DTYPES[dtype])
         return found
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"shard {path} is truncated or damaged ({error}); download it again") from error
@@ -148,8 +164,9 @@ def checksum(tensor: torch.Tensor) -> str:
 class ShardWriter:
     """Writes shards as they come, each safe on disk before the next, and an index at the end.
 
-    A shard is written under a temporary name, synced and renamed. `finish` gives the shards their final names; a single
-    one becomes `model.safetensors`. The files carry no times: the same tensors give the same bytes.
+    A shard is written under a temporary name, synced and renamed, with the mode that the umask gives any file. `finish`
+    gives the shards their final names; a single one becomes `model.safetensors`. The files carry no times: the same
+    tensors give the same bytes.
 
     Attributes:
         checksums: name of every tensor written to the hash of its bytes.
@@ -190,7 +207,11 @@ class ShardWriter:
         path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
         temporary = path.with_suffix(".tmp")
         try:
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             save_file(tensors, temporary, metadata={"format": "pt"})
+            # safetensors 0.8 puts a file in its place that only its owner may read.
+            temporary.chmod(mode)
         except (SafetensorError, OSError) as error:
             raise write_error(error, path) from error
         sync(temporary)
@@ -220,7 +241,7 @@ def write_error(error: Exception, path: Path) -> CheckpointError:
     text = str(error)
     full = getattr(error, "errno", None) == 28 or "No space left" in text or "os error 28" in text
     if full:
-        return CheckpointError(f"no space is left on the disk of {path.parent}; free some or give another --output")
+        return CheckpointError(f"no space is left on the disk of {path.parent}; free some or give another -o OUT")
     return CheckpointError(f"{path} cannot be written: {text}; check the folder's permissions")
 
 

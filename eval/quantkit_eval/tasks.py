@@ -2,7 +2,8 @@
 
 A passage is a context and a continuation. It counts as right where every token of the continuation is the model's
 first choice given everything before it. Tokens are split and cut as lm-evaluation-harness does (its `_encode_pair` and
-`_loglikelihood_tokens`), so that numbers compare.
+`_loglikelihood_tokens`), so that numbers compare, with one exception: where the tokenizer's tokens straddle the place
+between context and continuation, the two are encoded apart.
 """
 
 import math
@@ -16,11 +17,23 @@ from quantkit_eval.perplexity import exp_mean
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids of context and continuation; how many at the end are the continuation; whether the left was cut."""
+    """Token ids of context and continuation.
+
+    Attributes:
+        tokens: the ids.
+        continuation: how many at the end are the continuation.
+        truncated: whether the left was cut.
+        split: whether the two parts were encoded apart.
+    """
 
     tokens: tuple[int, ...]
     continuation: int
     truncated: bool
+    split: bool = False
+
+
+class UnscorablePassageError(ValueError):
+    """A passage of which no prediction can be asked."""
 
 
 def encode_passage(
@@ -29,20 +42,26 @@ def encode_passage(
     """The passage's tokens, at most context_length + 1 (the last one is predicted, never read).
 
     Spaces at the context's end go to the continuation; the whole and the context are encoded, and the continuation is
-    what the whole has beyond as many tokens as the context has. Raises ValueError where nothing is left to predict from
-    or to predict, or where the continuation alone is longer than the model's context.
+    what the whole has beyond the context's tokens. Where the whole doesn't begin with the context's tokens and go on (a
+    tokenizer that attaches a space to the word before it), context and continuation are encoded apart: the target then
+    begins where the continuation begins. Raises UnscorablePassageError where nothing is left to predict from or to
+    predict, or where the continuation alone is longer than the model's context.
     """
     kept = context.rstrip()
     context, continuation = kept, context[len(kept) :] + continuation
     prefix = list(encode(context))
-    target = list(encode(context + continuation))[len(prefix) :]
+    whole = list(encode(context + continuation))
+    split = whole[: len(prefix)] != prefix or len(whole) == len(prefix)
+    target = list(encode(continuation)) if split else whole[len(prefix) :]
     if not prefix or not target:
-        raise ValueError("a passage needs at least one token of context and one of continuation")
+        raise UnscorablePassageError("a passage needs at least one token of context and one of continuation")
     if len(target) > context_length:
-        raise ValueError(f"a continuation of {len(target)} tokens is longer than the context of {context_length}")
+        raise UnscorablePassageError(
+            f"a continuation of {len(target)} tokens is longer than the context of {context_length}"
+        )
     tokens = prefix + target
     kept_tokens = tokens[-(context_length + 1) :]
-    return Passage(tuple(kept_tokens), len(target), truncated=len(kept_tokens) < len(tokens))
+    return Passage(tuple(kept_tokens), len(target), truncated=len(kept_tokens) < len(tokens), split=split)
 
 
 def padded(passages: Sequence[Passage], pad_token: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

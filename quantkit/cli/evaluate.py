@@ -52,8 +52,9 @@ def table(result: dict[str, Any]) -> str:
     """The result as lines of label and value, the baseline's numbers beside the model's."""
     rows = [("model", result["model"]), ("dataset", result["dataset"]), ("protocol", result["protocol"])]
     if "passages" in result:
-        cut = result["truncated_passages"]
-        rows.append(("passages", f"{result['passages']:,}" + (f", {cut:,} cut on the left" if cut else "")))
+        words = {"truncated": "cut on the left", "split": "encoded in two parts", "skipped": "more left out"}
+        notes = [f", {result[f'{key}_passages']:,} {said}" for key, said in words.items() if result[f"{key}_passages"]]
+        rows.append(("passages", f"{result['passages']:,}" + "".join(notes)))
         rows.append(("accuracy", _beside(result, "accuracy", 100, 2, " %")))
     rows.append(("tokens predicted", f"{result['tokens']:,}"))
     rows.append(("perplexity", _beside(result, "perplexity", 1, 4, "")))

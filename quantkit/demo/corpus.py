@@ -4,7 +4,10 @@ A document is one topic of `help()` (`pydoc_data.topics`) or all docstrings of o
 library, read from its source with `ast` (no module is imported for its docstrings). A hash of a document's
 name puts it into training (nine in ten) or holds it out, so that it stays on its side whatever the version of
 Python. Topics and docstrings quote one another at length: a paragraph is kept only in the document where it
-comes first, so that none that was held out is in what was trained on.
+comes first, so that one Python's held-out text shares none with the same Python's training text.
+
+The demo model was trained on the text of one Python (its card, `model/README.md`, says which). Another version's
+held-out text can share a few paragraphs with that: one that moved between documents of the two sides.
 """
 
 import ast
@@ -50,12 +53,16 @@ def documents() -> list[Document]:
 
 
 def training_text() -> str:
-    """The documents that the demo model is trained on, joined by two newlines."""
+    """The documents for training, of the running Python, joined by two newlines."""
     return "\n\n".join(document.text for document in documents() if not document.held_out)
 
 
 def held_out_text() -> str:
-    """The documents that the demo model never saw, joined by two newlines."""
+    """The held-out documents of the running Python, joined by two newlines.
+
+    On the Python that the demo model was trained on it saw none of their long paragraphs; another version's can hold a
+    few that it did see.
+    """
     return "\n\n".join(document.text for document in documents() if document.held_out)
 
 

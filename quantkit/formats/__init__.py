@@ -31,10 +31,8 @@ def choose(scheme: Scheme, name: str = "auto") -> ModuleType:
         RecipeError: the format is unknown, or can't say the scheme.
     """
     if name == "auto":
-        for module in FORMATS.values():
-            if module.reason_against(scheme) is None:
-                return module
-        raise RecipeError(f"no format here can hold {scheme.label}; use one of the recipes of `quantkit methods`")
+        # There is always one: native can say every scheme.
+        return next(module for module in FORMATS.values() if module.reason_against(scheme) is None)
     if name not in FORMATS:
         raise RecipeError(f"format {name!r} is unknown; use auto, {', '.join(FORMATS)}")
     reason = FORMATS[name].reason_against(scheme)

@@ -1,9 +1,9 @@
 """quantkit's own format, version 1: holds E5M2, loads with quantkit only. Described in docs/formats.md.
 
 A linear layer's tensors are `weight` int32 [N, ceil(K/4)], the bytes of its codes (two's complement, E4M3 or E5M2),
-element 0 in the lowest byte, rows padded with zero bytes; and `weight_scale` [N, 1] in the dtype of the weight that it
-replaces. The name `weight` is kept on purpose with another shape: software that doesn't know the format stops there,
-instead of running codes as if they were weights.
+element 0 in the lowest byte, rows padded with zero bytes; and `weight_scale` [N, G], G groups of K (one unless the
+scheme has a group size), in the dtype of the weight that it replaces. The name `weight` is kept on purpose with another
+shape: software that doesn't know the format stops there, instead of running codes as if they were weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,8 +82,5 @@ def parse(config: Mapping[str, Any]) -> Layout:
             raise CheckpointError(
                 f"a group of quantization_config cannot be read ({error}); mend config.json"
             ) from error
-        reason = reason_against(scheme)
-        if reason is not None:
-            raise CheckpointError(f"a group of quantization_config cannot be read: {reason}; mend config.json")
         found.append(Group(scheme, checked_targets(modules, "modules")))
     return Layout(tuple(found))

@@ -65,3 +65,11 @@ def test_the_config_object_is_what_is_on_disk(compressed):
     assert made.to_dict() == stored
     wrapped = QuantkitConfig.from_dict(QuantkitConfig.wrapped(stored, "torch"))
     assert (wrapped.to_dict(), wrapped.backend) == (stored, "torch")
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "int8", *NATIVE])
+def test_a_loaded_model_can_be_copied_and_pickled(compressed, tmp_path, recipe):
+    model = load(compressed(recipe))
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(other(IDS).logits, model(IDS).logits)

@@ -1,11 +1,18 @@
+import itertools
 import json
+import re
+import subprocess
+import sys
 
 import models
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import read_config
-from quantkit.inspection import inspect_checkpoint
+from quantkit.inspection import _listed, inspect_checkpoint
 from quantkit.recipe import recipe_names
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -42,6 +49,90 @@ def test_a_float_checkpoint_has_no_problem(model_folder, name):
 def test_a_bf16_checkpoints_float_layers_take_16_bits(model_folder):
     found = inspect_checkpoint(model_folder("llama_bf16"))
     assert [(count.scheme, count.layers, count.bits_per_weight) for count in found.schemes] == [("float", 15, 16.0)]
+
+
+@pytest.mark.parametrize("name", ["llama_bf16", "llama_second_name"])
+def test_bits_are_those_of_the_files_whatever_dtype_the_config_says(model_folder, tmp_path, name):
+    folder = models.copy(model_folder(name), tmp_path / "model")
+    bits = [(count.layers, count.bits_per_weight) for count in inspect_checkpoint(folder).schemes]
+    for dtype in (None, "float16", "float64"):
+        models.change_config(folder, dtype=dtype)
+        found = inspect_checkpoint(folder)
+        assert [(count.layers, count.bits_per_weight) for count in found.schemes] == bits
+        assert found.problems == []
+
+
+def test_an_unused_tensor_of_a_rare_dtype_does_no_harm(cli, model_folder, tmp_path):
+    extra = {"left.over": torch.arange(5).to(torch.uint32), "left.e8m0": torch.ones(3).to(torch.float8_e8m0fnu)}
+    folder = models.change_tensors(models.copy(model_folder(), tmp_path / "model"), lambda tensors: tensors | extra)
+    assert inspect_checkpoint(folder).problems == []
+    assert cli("quantize", folder, "-o", tmp_path / "out", "-m", "w8a8").exit_code == 0
+    written = models.read_tensors(tmp_path / "out")
+    assert all(models.same(written[key], tensor) for key, tensor in extra.items())
+    assert inspect_checkpoint(tmp_path / "out").problems == []
+
+
+# The listing
+
+
+def expanded(line):
+    """The tensors that a line of the listing stands for, by a reading of its own."""
+    name, _, kind = line.strip().partition(" ")
+    places = []
+    for part in name.split("."):
+        places.append([])
+        for run in part.strip("{}").replace("..", "-").split(",") if part.startswith("{") else [part]:
+            first, dash, last = run.partition("-") if part.startswith("{") else (run, "", "")
+            places[-1] += [str(n) for n in range(int(first), int(last) + 1)] if dash else [first]
+    return {".".join(parts): kind.strip() for parts in itertools.product(*places)}
+
+
+def listing(tensors):
+    return [re.sub(r"\.\.(?=\d)", "-", line) for line in _listed(tensors)]
+
+
+def kinds(tensors):
+    return {name: f"{dtype} {shape}" for name, (dtype, shape) in tensors.items()}
+
+
+def test_the_text_lists_every_tensor_with_blocks_collapsed(cli, compressed):
+    folder = compressed("w8a8")
+    text = cli("inspect", folder).stdout
+    assert re.search(r"^  model\.layers\.\{0\.\.1\}\.mlp\.up_proj\.weight +int8 \[256, 128\]$", text, re.MULTILINE)
+    assert re.search(r"^  model\.norm\.weight +float32 \[128\]$", text, re.MULTILINE)
+    assert len(text.splitlines()) < 30
+
+
+def test_experts_are_collapsed_too_and_what_differs_has_lines_of_its_own():
+    same = {f"l.{i}.e.{j}.w": ("int8", [4, 4]) for i in range(5) for j in range(3)}
+    assert _listed(same) == ["l.{0..4}.e.{0..2}.w int8 [4, 4]"]
+    other = same | {"l.3.e.1.w": ("float32", [4, 4])}
+    assert _listed(other) == [
+        "l.3.e.1.w             float32 [4, 4]",
+        "l.3.e.{0,2}.w         int8 [4, 4]",
+        "l.{0..2,4}.e.{0..2}.w int8 [4, 4]",
+    ]
+
+
+@given(
+    st.dictionaries(
+        st.lists(st.sampled_from(["0", "1", "2", "3", "10", "01", "w"]), min_size=1, max_size=4).map(".".join),
+        st.tuples(st.sampled_from(["int8", "float32"]), st.just([1])),
+    )
+)
+def test_the_listing_stands_for_just_the_tensors(tensors):
+    found = [expanded(line) for line in listing(tensors)]
+    assert sum(map(len, found)) == len(tensors)
+    assert {name: kind for one in found for name, kind in one.items()} == kinds(tensors)
+
+
+@pytest.mark.parametrize("module", ["quantkit", "quantkit.cli"])
+def test_python_runs_the_command_line(module, tmp_path):
+    command = [sys.executable, "-m", module, "inspect", str(tmp_path / "none")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: ")
+    assert "none does not exist" in result.stderr
 
 
 def spoiled(key, change):
@@ -107,3 +198,15 @@ def test_a_tampered_config_is_found(compressed, tmp_path):
     config["ignore"] = []
     models.change_config(folder, quantization_config=config)
     assert inspect_checkpoint(folder).problems
+
+
+@pytest.mark.parametrize("damage", ["norm", "expert", "scale"])
+def test_an_incomplete_mixture_has_a_problem(compressed, tmp_path, damage):
+    """Experts are merged while they are loaded, and that must not hide what is missing."""
+    folder = models.copy(compressed("w8a8", "mixtral"), tmp_path / "model")
+    assert not inspect_checkpoint(folder).problems
+    tensors = load_file(folder / "model.safetensors")
+    ends = {"norm": "model.norm.weight", "expert": "experts.1.w1.weight", "scale": "q_proj.weight_scale"}
+    del tensors[next(name for name in tensors if name.endswith(ends[damage]))]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert any("no tensor makes" in problem for problem in inspect_checkpoint(folder).problems)

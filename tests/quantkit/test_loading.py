@@ -4,6 +4,7 @@ import json
 import models
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -12,6 +13,7 @@ from quantkit.checkpoint import read_config
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.modules import QuantizedLinear
 from quantkit.recipe import recipe_names
+from quantkit.shards import ShardReader
 
 IDS = torch.arange(10)[None] * 7 % 256
 CASES = [(recipe, "llama") for recipe in recipe_names()]
@@ -154,6 +156,15 @@ def test_a_sharded_result_is_loaded(model_folder, tmp_path, compressed):
 
 
 # What is refused
+
+
+def test_a_single_file_beside_an_index_is_the_one_that_transformers_takes(model_folder, tmp_path):
+    folder = models.copy(model_folder("llama_sharded"), tmp_path / "model")
+    halves = {key: tensor / 2 for key, tensor in models.read_tensors(folder).items()}
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    reader, theirs = ShardReader(folder), AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert set(reader.tensors) == set(theirs)
+    assert all(models.same(reader.get(key), tensor) for key, tensor in theirs.items())
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 import json
+from pathlib import Path
 
 import models
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
-from quantkit import quantize, shards
+from quantkit import load, quantize, shards
 from quantkit.checkpoint import read_config
+from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.pipeline import parse_size
 from quantkit.recipe import recipe_names
 from quantkit.shards import ShardReader
@@ -268,11 +271,79 @@ def test_an_empty_folder_is_written_to_and_parents_are_made(model_folder, tmp_pa
     assert (tmp_path / "a" / "b" / "config.json").is_file()
 
 
-def test_the_working_folder_can_be_the_output(model_folder, tmp_path, monkeypatch):
+def test_the_working_folder_is_no_output(model_folder, tmp_path, monkeypatch):
+    """A rename would leave the shell in a folder that is gone."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    quantize(model_folder("llama"), ".", steps=["w8a8"], progress=False)
-    assert (tmp_path / "here" / "config.json").is_file()
+    with pytest.raises(CheckpointError, match="the folder that you are in"):
+        quantize(model_folder("llama"), ".", steps=["w8a8"], progress=False)
+
+
+def test_a_mount_point_is_no_output(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mount")
+    with pytest.raises(CheckpointError, match="a mount point"):
+        quantize(model_folder("llama"), tmp_path / "mount", steps=["w8a8"], progress=False)
+
+
+def test_what_lies_outside_of_the_blocks_does_not_pile_up(tmp_path, monkeypatch):
+    """Many tensors that the model doesn't use: the writer holds one smallest shard of them and one tensor more."""
+    folder = models.save(models.llama_model(), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights |= {f"extra.{number}": torch.full((1000,), float(number)) for number in range(50)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    waiting = []
+    add = shards.ShardWriter.add
+
+    def added(self, tensors):
+        add(self, tensors)
+        if any(name.startswith("extra.") for name in tensors):
+            waiting.append(self._waiting_bytes)
+
+    monkeypatch.setattr(shards.ShardWriter, "add", added)
+    monkeypatch.setattr(shards, "SMALLEST_SHARD", 10_000)
+    report = quantize(folder, tmp_path / "out", steps=["w8a8"], progress=False)
+    assert len(report.copied_unused) == len(waiting) == 50
+    assert max(waiting) < 10_000 + 4_000
+
+
+@pytest.mark.parametrize(("made", "given"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
+def test_a_model_in_memory_is_stored_with_the_dtype_that_it_has(tmp_path, made, given):
+    model = models.llama_model().to(made)
+    model.config.dtype = getattr(torch, given)
+    quantize(model, tmp_path / "out", steps=["int8"], progress=False)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(made).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("step", ["w8a8", "int8", "fp8:dtype=e5m2"])
+def test_a_layer_whose_weight_other_code_reads_stays_in_float(tmp_path, step):
+    """Mamba multiplies by `dt_proj.weight` without calling the layer."""
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    report = quantize(tmp_path / "model", tmp_path / "out", steps=[step], progress=False)
+    reasons = {item.module: item.reason for item in report.left_alone}
+    assert "other code reads" in reasons["backbone.layers.0.mixer.dt_proj"]
+    assert {layer.module.rpartition(".")[2] for layer in report.layers} == {"in_proj", "x_proj", "out_proj"}
+    with torch.inference_mode():
+        assert bool(torch.isfinite(load(tmp_path / "out")(torch.arange(8)[None]).logits).all())
+
+
+def test_an_evaluation_that_fails_says_that_the_checkpoint_is_safe(model_folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise QuantkitError("no luck")
+
+    monkeypatch.setattr("quantkit.evaluation.evaluate", fail)
+    (tmp_path / "text.txt").write_text("words and words " * 50)
+    with pytest.raises(QuantkitError, match=r"out is written and verified, but its evaluation failed: no luck"):
+        quantize(
+            model_folder("llama"),
+            tmp_path / "out",
+            steps=["w8a8"],
+            eval_dataset=str(tmp_path / "text.txt"),
+            seq_len=32,
+            progress=False,
+        )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 import models
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantkit import formats
 from quantkit.checkpoint import Hub, open_folder, open_model
-from quantkit.errors import RecipeError
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.planning import make_plan
 from quantkit.recipe import Recipe
 
@@ -80,7 +81,7 @@ def test_a_tied_head_stays_float_whatever_is_included(model_folder):
 
 def test_nothing_to_quantize_is_refused(model_folder):
     for name, patterns in (("gpt2", {}), ("gpt2_untied", {}), ("gpt2", {"include": ["lm_head"]})):
-        with pytest.raises(RecipeError, match=r"no linear layer of .*gpt2.* is left to quantize; widen --include"):
+        with pytest.raises(RecipeError, match=r"no linear layer of .*gpt2.* is left to quantize \("):
             plan(model_folder(name), **patterns)
 
 
@@ -150,7 +151,17 @@ def test_stages_hold_every_key_once_block_by_block(model_folder, name):
         assert all(f".{stage.name.rpartition('.')[2]}." in key for key in stage.keys)
 
 
-def test_large_tensors_outside_of_the_blocks_are_stages_of_their_own(model_folder, monkeypatch):
-    monkeypatch.setattr("quantkit.planning.LARGE_TENSOR", 100_000)
-    made = plan(model_folder("llama"))
-    assert [stage.keys for stage in made.stages[:2]] == [("lm_head.weight",), ("model.embed_tokens.weight",)]
+@pytest.mark.parametrize("damage", ["norm", "linear", "expert", "shape"])
+def test_an_incomplete_mixture_is_refused(model_folder, tmp_path, damage):
+    """Experts are merged while they are loaded, and that must not hide what is missing."""
+    folder = models.copy(model_folder("mixtral"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    expert = next(name for name in weights if ".experts.1." in name)
+    if damage == "shape":
+        weights[expert] = weights[expert][:-1].clone()
+    else:
+        names = {"norm": "model.norm.weight", "linear": "model.layers.1.self_attn.k_proj.weight", "expert": expert}
+        del weights[names[damage]]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is incomplete: no tensor makes 'model"):
+        plan(folder)

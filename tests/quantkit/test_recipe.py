@@ -166,7 +166,10 @@ def test_any_text_is_a_pattern_or_a_recipe_error(pattern):
     ("pattern", "name", "expected"),
     [
         ("*.down_proj", "model.layers.0.mlp.down_proj", True),
-        ("*.down_proj", "model.layers.0.mlp.down_proj.x", False),
+        ("*.down_proj", "model.layers.0.mlp.down_project", False),
+        ("model.layers.0", "model.layers.0.mlp.down_proj", True),
+        ("*.mlp", "model.layers.0.mlp.down_proj", True),
+        ("model.layers.1", "model.layers.11.mlp.down_proj", False),
         ("down_proj", "model.layers.0.mlp.down_proj", False),
         ("model.layers.?.mlp.*", "model.layers.1.mlp.up_proj", True),
         ("model.layers.?.mlp.*", "model.layers.11.mlp.up_proj", False),

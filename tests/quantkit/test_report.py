@@ -59,7 +59,8 @@ def test_the_versions_are_those_that_run(report):
 
     assert report.versions["python"] == platform.python_version()
     for package in (torch, transformers, safetensors):
-        assert report.versions[package.__name__] == package.__version__
+        # a build of torch says +cu130 of itself, and its wheel may not
+        assert package.__version__.startswith(report.versions[package.__name__].partition("+")[0])
 
 
 def test_an_evaluation_is_in_the_text_and_the_card(report, model_folder):

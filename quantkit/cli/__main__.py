@@ -1,0 +1,6 @@
+"""`python -m quantkit.cli`: the command line."""
+
+from quantkit.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="quantkit")
