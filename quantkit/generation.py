@@ -70,8 +70,8 @@ def _check_room(prompt: int, max_new_tokens: int, context: int | None, checkpoin
     if context is None or prompt + max_new_tokens <= context:
         return
     room = context - prompt
-    remedy = f"choose a max_new_tokens of {room} or less" if room > 0 else f"give one of fewer than {context} tokens"
+    remedy = f"choose {room} new tokens or less" if room > 0 else f"give a prompt of fewer than {context} tokens"
     raise DataError(
         f"the prompt has {prompt} tokens and max_new_tokens is {max_new_tokens}, {prompt + max_new_tokens} together, "
-        f"and {checkpoint} reads at most {context}: {remedy if room > 0 else 'shorten the prompt, ' + remedy}"
+        f"and {checkpoint} reads at most {context}: {remedy}"
     )

@@ -13,11 +13,12 @@ from quantkit_kernels.formats import dequantize, quantize_weight
 from torch import nn
 
 from quantkit import formats
-from quantkit.checkpoint import Hub, Source, load_tokenizer, open_folder, open_model
+from quantkit.checkpoint import Hub, Source, open_folder, open_model
 from quantkit.devices import pick_device
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError
 from quantkit.memory import peak_memory_bytes
 from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
+from quantkit.pairing import tokenizer_of
 from quantkit.planning import Plan, Stage, Target, make_plan
 from quantkit.progress import track
 from quantkit.recipe import Recipe, Step, load_recipe
@@ -163,9 +164,7 @@ def prepare_evaluation(
     """A function that evaluates a checkpoint against the model; its data are read and found sufficient now."""
     from quantkit.evaluation import check_text, evaluate
 
-    tokenizer = source.tokenizer
-    if tokenizer is None and source.folder is not None:
-        tokenizer = load_tokenizer(source.folder, trust_remote_code=hub.trust_remote_code)
+    tokenizer = source.tokenizer or tokenizer_of(model, hub)
     texts = read(dataset, data_dir=data_dir, token=hub.token, cache_dir=hub.cache_dir)
     check_text(texts, tokenizer, source.skeleton, source.name, seq_len)
     baseline = source.folder if source.folder is not None else model

@@ -1,12 +1,20 @@
 """Last-word accuracy: how passages are split, cut, batched and scored."""
 
 import math
+import re
 import statistics
 
 import pytest
 import torch
 from quantkit_eval.perplexity import token_nll
-from quantkit_eval.tasks import LastWord, Passage, continuation_rows, encode_passage, padded
+from quantkit_eval.tasks import (
+    LastWord,
+    Passage,
+    UnscorablePassageError,
+    continuation_rows,
+    encode_passage,
+    padded,
+)
 
 
 def words(text: str) -> list[int]:
@@ -25,6 +33,28 @@ def test_spaces_at_the_end_of_the_context_belong_to_the_continuation() -> None:
     for context, continuation in (("the stone was", " red today"), ("the stone was ", "red today")):
         passage = encode_passage(context, continuation, words, 100)
         assert passage == Passage(tuple(whole), 2, truncated=False)
+
+
+def left_words(text: str) -> list[int]:
+    """As `words`, but a space belongs to the word before it; nothing is made of what isn't ASCII."""
+    ascii_text = text.encode("ascii", "ignore").decode()
+    return [sum(map(ord, token)) for token in re.findall(r"[^ ]+ ?| ", ascii_text)]
+
+
+def test_where_tokens_straddle_the_two_parts_they_are_encoded_apart() -> None:
+    """The context's tokens are no prefix of the whole's: `was` is another token than `was `."""
+    context, continuation = "the stone was", " red today"
+    assert left_words(context + continuation)[:3] != left_words(context)
+    expected = (*left_words(context), *left_words(continuation))
+    assert encode_passage(context, continuation, left_words, 100) == Passage(expected, 3, truncated=False, split=True)
+    # One token for all of it: the whole goes on by none, the continuation alone has one.
+    assert encode_passage("some", "where", left_words, 100).tokens == (*left_words("some"), *left_words("where"))
+
+
+def test_a_continuation_without_a_token_cannot_be_scored() -> None:
+    for context in ("some words", "some "):
+        with pytest.raises(UnscorablePassageError, match="one of continuation"):
+            encode_passage(context, "Ünï".replace("n", ""), lambda text: left_words(text.strip()), 100)
 
 
 def test_the_context_is_cut_from_the_left_and_the_last_token_is_not_read() -> None:
@@ -47,7 +77,7 @@ def test_the_context_is_cut_from_the_left_and_the_last_token_is_not_read() -> No
     ],
 )
 def test_a_passage_that_cannot_be_scored(context: str, continuation: str, length: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UnscorablePassageError, match=message):
         encode_passage(context, continuation, words, length)
 
 

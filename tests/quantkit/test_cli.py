@@ -140,6 +140,41 @@ def test_generate_prints_the_text_alone(cli, compressed):
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--max-new-tokens", 100_000), "and max_new_tokens is 100000, "),
+        (("--temperature", "nan"), "temperature is nan: expected 0,"),
+        (("--temperature", "inf"), "temperature is inf: expected 0,"),
+        (("--temperature", "1e-300"), "temperature is 1e-300: expected 0,"),
+        (("--seed", -1), "seed is -1: expected 0 to 2**63 - 1"),
+        (("--seed", 2**64), "seed is 18446744073709551616: expected 0 to 2**63 - 1"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(mistake, compressed, words, sentence):
+    mistake("generate", compressed("w8a8"), "--prompt", "ab", "--device", "cpu", *words, says=(sentence,))
+
+
+def test_demo_finds_out_before_the_work_what_would_fail_after_it(mistake, monkeypatch, tmp_path):
+    def work(*_, **__):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("quantkit.demonstration.quantize", work)
+    mistake("demo", "--max-tokens", 511, "--device", "cpu", says=("max_tokens is 511, less than one window",))
+    (tmp_path / "something").touch()
+    monkeypatch.setattr("quantkit.demonstration.load", work)
+    mistake("demo", "-o", tmp_path, says=(f"{tmp_path} exists already; give another -o OUT",))
+
+
+def test_demo_tabulates_every_recipe_and_keeps_the_checkpoints(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("quantkit.demonstration.recipe_names", lambda: ["w8a8"])
+    words = ("demo", "-o", tmp_path / "new" / "kept", "--max-tokens", 512, "--device", "cpu", "--json")
+    result = cli(*words)
+    assert result.exit_code == 0, result.output
+    assert [row["recipe"] for row in json.loads(result.stdout)] == ["float", "w8a8"]
+    assert (tmp_path / "new" / "kept" / "w8a8" / "config.json").is_file()
+
+
 def test_a_bug_of_ours_is_no_sentence(cli, model_folder, monkeypatch, tmp_path):
     """An exception that nobody understands goes through as it is."""
 

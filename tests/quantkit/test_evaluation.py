@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ import torch
 from click.testing import CliRunner
 from quantkit_eval.tasks import encode_passage
 
-from quantkit import evaluation
-from quantkit.cli.evaluate import command
+from quantkit import evaluation, pairing
+from quantkit.checkpoint import Hub
+from quantkit.cli.evaluate import command, table
 from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.evaluation import check_text, evaluate
+from quantkit.pairing import same_place, tokenizer_of
 from quantkit.texts import Texts, encode, read, tokenize
 
 KEYS = [
@@ -223,6 +224,81 @@ def test_last_word_is_capped_by_whole_passages(tmp_path: Path) -> None:
         evaluate(model, path, max_tokens=2, tokenizer=tokenizer, progress=False)
 
 
+def left_tokenizer() -> Any:
+    """A word and the space behind it are one token; a character that no token holds is dropped."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["the", "the ", "dog", "dog ", "sleeps", "sleeps ", " "]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^ ]+ ?| "), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_tokenizer_that_attaches_spaces_to_the_left_does_not_end_the_set() -> None:
+    """Row 2 holds no token to predict, row 3 too many, row 4 none to read; the others are scored, in two parts."""
+    model, tokenizer = tiny_model(0), left_tokenizer()
+    rows = [("the dog", " sleeps"), ("the dog", "日本"), ("the", " dog" * (CONTEXT + 1)), ("日本", " dog")]
+    texts = Texts("rows", "passages", "", passages=(*rows, ("the dog sleeps the", " dog")))
+    result = evaluate(model, texts, tokenizer=tokenizer, progress=False)
+    counted = {key: result[f"{key}_passages"] for key in ("truncated", "split", "skipped")}
+    assert (result["passages"], counted) == (2, {"truncated": 0, "split": 2, "skipped": 3})
+    nats = []
+    for context, target in (([1, 2], [6, 4]), ([1, 3, 5, 0], [6, 2])):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([context + target])).logits[0, -3:-1].double()
+        nats.append(-float(logits.log_softmax(-1).gather(-1, torch.tensor(target)[:, None]).sum()))
+    assert result["perplexity"] == pytest.approx(math.exp(statistics.fmean(nats)), rel=1e-5)
+    assert "2, 2 encoded in two parts, 3 more left out" in table(result)
+    check_text(texts, tokenizer, model, "m")
+
+
+def test_a_set_without_a_single_passage_to_score_is_refused() -> None:
+    texts = Texts("odd", "passages", "", passages=(("the dog", "日本"),))
+    with pytest.raises(DataError, match=r"odd has no passage that can be scored \(row 1: a passage needs at least"):
+        evaluate(tiny_model(0), texts, tokenizer=left_tokenizer(), progress=False)
+
+
+# Where the model is
+
+
+def test_a_model_in_memory_has_the_tokenizer_of_its_folder(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert tokenizer_of(model, Hub()).get_vocab() == byte_tokenizer().get_vocab()
+    assert tokenizer_of(tiny_model(0), Hub()) is None
+    found = evaluate(model, folder / "text.txt", seq_len=16, progress=False)
+    given = evaluate(tiny_model(0), folder / "text.txt", seq_len=16, tokenizer=byte_tokenizer(), progress=False)
+    assert found["perplexity"] == given["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "current", "same"),
+    [
+        ("cuda", "cuda:0", 0, True),
+        ("cuda:1", "cuda", 1, True),
+        ("cuda", "cuda:0", 1, False),
+        ("cuda:0", "cuda:1", 0, False),
+        ("cpu", "cpu:0", 1, True),
+        ("cpu", "cuda:0", 0, False),
+    ],
+)
+def test_a_gpu_without_an_index_is_the_current_one(one: str, other: str, current: int, same: bool) -> None:
+    assert same_place(torch.device(one), torch.device(other), current) is same
+
+
+def test_a_model_on_the_current_gpu_is_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(torch.nn.Module):
+        device = torch.device("cuda:1")
+
+    monkeypatch.setattr(pairing, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert pairing._place(OnGpu(), None, "cuda") == "cuda"
+    with pytest.raises(QuantkitError, match=r"device is cuda:0 and OnGpu is on cuda:1: move it or say device auto"):
+        pairing._place(OnGpu(), None, "cuda:0")
+
+
 # What is refused
 
 
@@ -279,6 +355,8 @@ def test_a_text_is_checked_without_the_weights(folder: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(DataError, match=message):
             check_text(*wrong)
+    with pytest.raises(DataError, match="max_tokens is 15, less than one window of seq_len 16"):
+        check_text(texts, tokenizer, model, "m", 16, max_tokens=15)
 
 
 def test_what_is_no_model_or_has_no_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -388,41 +466,3 @@ def test_the_command_shows_passages(folder: Path, tmp_path: Path) -> None:
     assert "passages          13, " in done.stdout
     assert "cut on the left" in done.stdout
     assert "accuracy          " in done.stdout
-
-
-# The real thing
-
-
-@pytest.fixture
-def real_data() -> Path:
-    folder = os.environ.get("QUANTKIT_DATA")
-    if folder is None:
-        pytest.skip("QUANTKIT_DATA isn't set: it names a folder with real texts and models")
-    return Path(folder)
-
-
-def test_a_real_model_has_the_known_perplexity(real_data: Path) -> None:
-    """4.6306: the first 120,000 characters encoded at once, the second half of the tokens (from n // 2 on), float32.
-
-    60 windows of 256, 255 predictions each, no BOS.
-    """
-    from quantkit.checkpoint import load_tokenizer
-
-    text = (real_data / "text/tinystories/tinystories_val.txt").read_text(encoding="utf-8")[:120_000]
-    tokenizer = load_tokenizer(real_data / "models/stories3M")
-    ids = tokenize(Texts("t", "text", "", documents=(text,)), tokenizer).ids
-    half = Texts("second half", "tokens", "", token_ids=ids[len(ids) // 2 :])
-    result = evaluate(real_data / "models/stories3M", half, seq_len=256, progress=False)
-    assert result["protocol"] == "60 windows of 256 tokens that don't overlap"
-    assert result["tokens"] == 60 * 255
-    assert result["perplexity"] == pytest.approx(4.6306, abs=5e-4)
-
-
-def test_a_real_model_on_lambada(real_data: Path) -> None:
-    """Batches of passages give what each passage gives alone."""
-    options = {"data_dir": real_data / "text", "max_tokens": 1500, "progress": False}
-    together = evaluate(real_data / "models/stories3M", "lambada", **options)
-    alone = evaluate(real_data / "models/stories3M", "lambada", batch_size=1, **options)
-    assert together["passages"] == alone["passages"] > 10
-    assert together["accuracy"] == alone["accuracy"]
-    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)

@@ -76,6 +76,25 @@ def test_an_evaluation_is_in_the_text_and_the_card(report, model_folder):
         report.evaluation = None
 
 
+def test_the_card_keeps_the_data_sets_name_as_it_is_written(report, model_folder, monkeypatch):
+    monkeypatch.setattr(report, "evaluation", EVALUATION | {"dataset": "Org/WikiText:Raw"})
+    card = model_card(report, open_folder(model_folder("llama_unused"), Hub()))
+    assert "\nPerplexity 12.3457" in card
+    assert "KL 1.50e-03, top-1 98.70%, 12,345 tokens of Org/WikiText:Raw." in card
+
+
+@pytest.mark.parametrize(
+    ("called", "title"),
+    [(".", "Größe"), ("./", "Größe"), ("..", "Größe"), ("org/Some-Model", "Some-Model"), ("a/b.c/", "b.c")],
+)
+def test_the_cards_title_is_a_name(report, model_folder, tmp_path, monkeypatch, called, title):
+    folder = models.copy(model_folder("llama_unused"), tmp_path / "Größe")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(report, "model", called)
+    source = open_folder(folder if called == ".." else ".", Hub())
+    assert f"\n# {title}, compressed\n" in model_card(report, source)
+
+
 @pytest.mark.parametrize(
     ("card", "expected"),
     [
@@ -83,6 +102,10 @@ def test_an_evaluation_is_in_the_text_and_the_card(report, model_folder):
         ("---\ntags:\n- x\nlicense:  mit \n---\n# x", "license: mit"),
         ("# no front matter\nlicense: mit\n---\n", None),
         ("---\ntags: x\n---\nlicense: mit\n", None),
+        ("---\nlicense:\ntags: x\n---\n", None),
+        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", None),
+        ("---\nlicense: [mit,\n  apache-2.0]\n---\n", None),
+        ("---\nlicense: ''\n---\n", None),
         ("# A rule is no front matter\n---\nlicense: mit\n---\n", None),
         ("", None),
         (None, None),
