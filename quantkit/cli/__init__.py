@@ -8,6 +8,7 @@ import click
 from quantkit_kernels.errors import KernelError
 
 from quantkit.cli import demo, evaluate, generate, inspect, methods, quantize
+from quantkit.cli.options import CONTEXT
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
 
@@ -33,7 +34,7 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="quantkit")
 def main() -> None:
     """Compress any Hugging Face causal language model, show what it cost, and run the result.

@@ -2,12 +2,12 @@
 
 import click
 
-from quantkit.cli.options import device_option, json_option
+from quantkit.cli.options import CONTEXT, device_option, json_option
 
 COLUMNS = ("recipe", "bits/weight", "bytes", "perplexity", "KL", "top-1", "quantize s", "eval s")
 
 
-@click.command("demo")
+@click.command("demo", context_settings=CONTEXT)
 @click.option("-o", "--output", metavar="DIR", help="Keep the checkpoints here. [default: a temporary folder]")
 @click.option("--max-tokens", type=int, default=32768, show_default=True, metavar="N", help="Tokens to evaluate on.")
 @device_option

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from quantkit.cli.options import (
+    CONTEXT,
     SPEC_HELP,
     backend_option,
     data_dir_option,
@@ -14,7 +15,7 @@ from quantkit.cli.options import (
 )
 
 
-@click.command("eval")
+@click.command("eval", context_settings=CONTEXT)
 @click.argument("model")
 @click.option("--dataset", required=True, metavar="SPEC", help=SPEC_HELP)
 @click.option("--baseline", metavar="BASE", help="The float model to compare with, on the same tokens.")

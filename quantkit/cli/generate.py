@@ -2,10 +2,10 @@
 
 import click
 
-from quantkit.cli.options import backend_option, device_option, hub_options
+from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options
 
 
-@click.command("generate")
+@click.command("generate", context_settings=CONTEXT)
 @click.argument("checkpoint", metavar="OUT")
 @click.option("--prompt", required=True, help="The text to go on from.")
 @click.option(

@@ -2,10 +2,10 @@
 
 import click
 
-from quantkit.cli.options import hub_options, json_option
+from quantkit.cli.options import CONTEXT, hub_options, json_option
 
 
-@click.command("inspect")
+@click.command("inspect", context_settings=CONTEXT)
 @click.argument("checkpoint", metavar="OUT")
 @hub_options
 @json_option

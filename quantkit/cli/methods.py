@@ -4,12 +4,12 @@ import json
 
 import click
 
-from quantkit.cli.options import json_option
+from quantkit.cli.options import CONTEXT, json_option
 from quantkit.methods import METHODS, method_class
 from quantkit.recipe import load_recipe, recipe_names
 
 
-@click.command("methods")
+@click.command("methods", context_settings=CONTEXT)
 @json_option
 def command(as_json: bool) -> None:
     """List every step with its parameters (the first value is the default) and paper, and the bundled recipes."""

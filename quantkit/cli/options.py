@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _HUB = (

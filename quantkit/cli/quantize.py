@@ -4,10 +4,10 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import SPEC_HELP, data_dir_option, device_option, hub_options, json_option
+from quantkit.cli.options import CONTEXT, SPEC_HELP, data_dir_option, device_option, hub_options, json_option
 
 
-@click.command("quantize")
+@click.command("quantize", context_settings=CONTEXT)
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="OUT", help="Where to write; must not exist, or be empty.")
 @click.option(

@@ -1,4 +1,4 @@
-"""Checkpoints that users have, evaluated: numbers that are known from elsewhere, and batches against single passages."""
+"""Checkpoints that users have, evaluated: numbers known from elsewhere, and batches against single passages."""
 
 import os
 from pathlib import Path
