@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder of real data sets, laid out as DIR/NAME/."""
+    """The folder of real checkpoints and texts: models/<name>/ and text/<name>/."""
     folder = os.environ.get("QUANTKIT_DATA")
     if not folder:
-        pytest.skip("QUANTKIT_DATA names no folder of data sets (DIR/wikitext2/ and so on)")
+        pytest.skip("QUANTKIT_DATA is not set: it names the folder with real checkpoints and texts")
     return Path(folder)
 
 

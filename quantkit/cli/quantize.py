@@ -36,7 +36,7 @@ from quantkit.cli.options import CONTEXT, SPEC_HELP, data_dir_option, device_opt
 def command(model: str, as_json: bool, **options: Any) -> None:
     """Compress MODEL and write it to OUT.
 
-    MODEL is a folder or a hub id. The work goes block by block, one tensor in memory at a time; what was written is
+    MODEL is a folder or a hub id. The work goes block by block, never the whole model in memory; what was written is
     read back from disk and verified, and OUT appears only when all of it is right. PATTERN matches module names: a
     glob on the whole name, or a regex after re:. The layer that makes the logits stays float unless included.
 

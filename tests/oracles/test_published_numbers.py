@@ -4,7 +4,6 @@ stories3M, the first 120,000 characters of the TinyStories validation text, the 
 of 256, KL divergence from the float model: llm-compressor 0.14's W8A8 loses 5.8e-3 there, its FP8 dynamic 2.6e-2.
 """
 
-import os
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,10 @@ PEERS = {"w8a8": 5.8e-3, "fp8": 2.6e-2}
 
 
 @pytest.fixture(scope="module")
-def real() -> tuple[Path, Texts]:
+def real(data: Path) -> tuple[Path, Texts]:
     """The float model and the tokens."""
-    root = os.environ.get("QUANTKIT_DATA")
-    if not root:
-        pytest.skip("QUANTKIT_DATA is not set: it names the folder with real checkpoints and texts")
-    folder = Path(root) / "models" / "stories3M"
-    text = (Path(root) / "text/tinystories/tinystories_val.txt").read_text(encoding="utf-8")[:120_000]
+    folder = data / "models" / "stories3M"
+    text = (data / "text/tinystories/tinystories_val.txt").read_text(encoding="utf-8")[:120_000]
     ids = tokenize(Texts("stories", "text", "", documents=(text,)), load_tokenizer(folder)).ids
     return folder, Texts("second half", "tokens", "", token_ids=ids[len(ids) // 2 :])
 

@@ -1,7 +1,6 @@
 """Texts: every kind of SPEC, and every way in which one can be wrong."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -321,31 +320,23 @@ def test_a_template_that_refuses(tmp_path: Path) -> None:
 # The real thing
 
 
-@pytest.fixture
-def real_data() -> Path:
-    folder = os.environ.get("QUANTKIT_DATA")
-    if folder is None:
-        pytest.skip("QUANTKIT_DATA isn't set: it names a folder with real texts and models")
-    return Path(folder)
-
-
-def test_real_known_data_sets(real_data: Path) -> None:
-    found = {name: read(name, data_dir=real_data / "text") for name in ("wikitext2", "c4", "lambada")}
+def test_real_known_data_sets(data: Path) -> None:
+    found = {name: read(name, data_dir=data / "text") for name in ("wikitext2", "c4", "lambada")}
     assert len(found["wikitext2"].documents) == 4358  # the hub's number of rows
-    raw = (real_data / "text/wikitext2/wiki.test.raw").read_text(encoding="utf-8")
+    raw = (data / "text/wikitext2/wiki.test.raw").read_text(encoding="utf-8")
     lines = [line for line in raw.splitlines(keepends=True) if line.strip()]
     assert [document for document in found["wikitext2"].documents if document] == lines
-    assert read(real_data / "text/wikitext2/wiki.test.raw").fingerprint == found["wikitext2"].fingerprint
+    assert read(data / "text/wikitext2/wiki.test.raw").fingerprint == found["wikitext2"].fingerprint
     assert len(found["c4"].documents) == 1000
     assert len(found["lambada"].passages) == 5153
     assert found["lambada"].passages[0][1] == " signs"
 
 
-def test_real_tokens_are_those_of_the_joined_text(real_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_real_tokens_are_those_of_the_joined_text(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from quantkit.checkpoint import load_tokenizer
 
-    tokenizer = load_tokenizer(real_data / "models/stories3M")
-    text = (real_data / "text/tinystories/tinystories_val.txt").read_text(encoding="utf-8")[:4000]
+    tokenizer = load_tokenizer(data / "models/stories3M")
+    text = (data / "text/tinystories/tinystories_val.txt").read_text(encoding="utf-8")[:4000]
     found = texts.Texts("t", "text", "", documents=(text[:1000], text[1000:]))
     ids, _ = tokenize(found, tokenizer)
     assert len(ids) > tokenizer.model_max_length
