@@ -1,8 +1,6 @@
 """Hugging Face models, tensor by tensor: where they lie, what they are made of, which file key makes which parameter.
 
-Together with `loading` and `hf` this is the only home of transformers, so that its churn has few addresses. The names
-in `names_of` come from transformers' own conversion of checkpoints (`core_model_loading`), which is private: the ranges
-in pyproject.toml say which releases were tried.
+Together with `naming`, `loading` and `hf` this is the only home of transformers, so that its churn has few addresses.
 """
 
 import copy
@@ -136,16 +134,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_folder(model: str | Path, hub: Hub) -> Source:
+Dequantize = Callable[[Tensors, dict[str, Any], str], tuple[Tensors, dict[str, Any]]]
+
+
+def open_folder(model: str | Path, hub: Hub, dequantize: Dequantize | None = None) -> Source:
     """The source of a folder or hub id.
+
+    Args:
+        model: the folder or hub id.
+        hub: how to find it.
+        dequantize: for a model that is compressed already: makes its tensors and its config those of a float model.
 
     Raises:
         CheckpointError: no config, not a causal language model, compressed already, or shards missing or damaged.
     """
     folder = resolve(model, hub)
     config = read_config(folder)
+    weights: Tensors | None = None
+    if dequantize is not None and compressed_as(config) is not None:
+        weights, config = dequantize(ShardReader(folder), config, str(model))
     refuse_unfit(config, str(model), hub)
-    weights = ShardReader(folder)
+    weights = weights or ShardReader(folder)
     skeleton = build_skeleton(folder, hub)
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not _matches(path.name, NOT_COPIED)]
     return Source(str(model), folder, config, skeleton, weights, files=files)
@@ -155,15 +164,26 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(Path(name).match(pattern) for pattern in patterns)
 
 
+def compressed_as(config: dict[str, Any]) -> Any:
+    """The method by which a checkpoint is compressed, or None for a float one."""
+    stored = config.get("quantization_config") or config.get("compression_config")
+    if not stored:
+        return None
+    return stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+
+
 def refuse_unfit(config: dict[str, Any], name: str, hub: Hub) -> None:
     """Return nothing; raise CheckpointError for a model that is compressed already or isn't a causal one."""
-    stored = config.get("quantization_config") or config.get("compression_config")
-    if stored:
-        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+    method = compressed_as(config)
+    if method is not None:
         raise CheckpointError(
-            f"{name} is compressed already (quant_method {method!r}); give the float model that it was made from"
+            f"{name} is compressed already (quant_method {method!r}); give the float model that it was made from, or "
+            "--dequantize to turn it into float first"
         )
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     architectures, auto_map = config.get("architectures") or [], config.get("auto_map") or {}
     if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
@@ -173,7 +193,7 @@ def refuse_unfit(config: dict[str, Any], name: str, hub: Hub) -> None:
         raise CheckpointError(
             f"{name} runs code of its own; pass --trust-remote-code if you have read and trust what is in its folder"
         )
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     if not remote and architectures and not causal.intersection(architectures):
         raise CheckpointError(
             f"{name} holds {architectures[0]}, which is not a causal language model; give one that generates text "
@@ -188,18 +208,38 @@ def build_skeleton(folder: Path, hub: Hub) -> nn.Module:
         CheckpointError: transformers can't build it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=hub.trust_remote_code)
+        for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if hasattr(each, "quantization_config"):
+                del each.quantization_config  # the model is that of the float weights, also where they were compressed
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=hub.trust_remote_code)
         model.tie_weights()
     except Exception as error:  # whatever a config's values do to transformers
         reason = " ".join(str(error).split()) or repr(error)
         raise CheckpointError(f"transformers cannot build the model of {folder}: {reason}") from error
     skeleton: nn.Module = model
     return skeleton
+
+
+def auto_class(config: Any) -> Any:
+    """Transformers' auto class for a config: of causal language models, or of those that read images with text.
+
+    A config of both kinds (a language model with a vision tower that also loads without it) goes by its architectures.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    architectures = set(getattr(config, "architectures", None) or [])
+    multimodal = AutoModelForImageTextToText._model_mapping
+    if type(config) in multimodal:
+        classes = multimodal[type(config)]
+        names = {each.__name__ for each in (classes if isinstance(classes, (list, tuple)) else (classes,))}
+        if names & architectures or type(config) not in AutoModelForCausalLM._model_mapping:
+            return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 class MemoryTensors:
@@ -266,75 +306,29 @@ def decoder_blocks(model: nn.Module) -> tuple[str, int]:
     return name, len(model.get_submodule(name))  # type: ignore[arg-type]
 
 
-def empty_copy(model: nn.Module) -> nn.Module:
-    """A model of the same class and config with everything on the meta device, buffers too."""
-    with torch.device("meta"):
+def empty_copy(model: nn.Module, *, buffers: bool = False) -> nn.Module:
+    """A model of the same class and config without weights: on the meta device, but for buffers if they are asked for.
+
+    A plain meta device falsifies buffers that a constructor computes (frequencies, masks); those of this copy are real.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
         made: nn.Module = type(model)(copy.deepcopy(model.config))
+    if buffers:
+        made.tie_weights()  # type: ignore[operator]
     return made.eval()
 
 
-def conversion_problems(source: Source, prepare: Callable[[nn.Module], None] | None = None) -> list[str]:
-    """What transformers would miss or could not convert when it loads these tensors, one phrase each.
-
-    Its own conversion runs, on tensors of the meta device: it sees names, shapes and dtypes, and no value is read. Tied
-    parameters are made by either of their names. `prepare` changes the model first (puts quantized layers in).
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    model = empty_copy(source.skeleton)
-    if prepare is not None:
-        prepare(model)
-    ties = tied_parameters(model)
-    state = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in source.weights.tensors.items()}
-    mapping = get_model_conversion_mapping(model)
-    settings = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
-    info, _ = convert_and_load_state_dict_in_model(model, state, settings)
-    names = list(model.state_dict())
-    made = set(names) - info.missing_keys
-    made |= {first for second, first in ties.items() if second in made}
-    absent = sorted(name for name in names if name not in made and ties.get(name) not in made)
-    found = [f"no tensor makes {name!r}" for name in absent]
-    found += [
-        f"{item[0]!r} is {list(item[1])} where {list(item[2])} is expected" for item in sorted(info.mismatched_keys)
-    ]
-    return found + [
-        f"{name!r} cannot be made: {' '.join(str(why).split())}" for name, why in info.conversion_errors.items()
-    ]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a checkpoint key becomes in the model.
-
-    Attributes:
-        parameter: the parameter or buffer that it makes, or None when the model doesn't use it.
-        converted: whether values are changed or merged on the way (then the key alone doesn't make the parameter).
-    """
-
-    parameter: str | None
-    converted: bool
-
-
-def names_of(source: Source) -> dict[str, Origin]:
-    """What every checkpoint key becomes in the model, planned without reading a weight."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    model = source.skeleton
-    mapping = get_model_conversion_mapping(model) or []
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = {**model.state_dict(), **dict(model.named_buffers())}
-    prefix = model.base_model_prefix
-    found = {}
-    for key in source.weights.tensors:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        found[key] = Origin(name if name in state else None, pattern is not None)
-    return found
+def use_plain_implementations(model: nn.Module, *, attention: bool = True) -> None:
+    """Make the model compute step by step: each expert's product by itself, and attention as products with a softmax."""
+    for attribute in ("_attn_implementation", "_experts_implementation"):
+        if attribute == "_attn_implementation" and not attention:
+            continue
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is not None and getattr(config, attribute, "eager") != "eager":
+                setattr(config, f"{attribute}_internal", "eager")
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:

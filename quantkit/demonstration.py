@@ -11,8 +11,11 @@ from quantkit.loading import load
 from quantkit.output import refuse_existing
 from quantkit.pipeline import quantize
 from quantkit.progress import track
-from quantkit.recipe import recipe_names
+from quantkit.recipe import load_recipe, recipe_names
 from quantkit.texts import read
+
+CALIBRATION: dict[str, Any] = {"dataset": "demo", "samples": 64, "seq_len": 256}
+"""What recipes that observe activations see: windows of the text that the demo model was trained on."""
 
 
 def demonstrate(
@@ -33,7 +36,8 @@ def demonstrate(
         folder = kept or Path(temporary)
         names = recipe_names()
         for name in track(names, "recipes", len(names), "recipe"):
-            report = quantize(model_path(), folder / name, recipe=name, device=device, progress=False)
+            data = CALIBRATION if load_recipe(name).observes else {}
+            report = quantize(model_path(), folder / name, recipe=name, device=device, progress=False, **data)
             result = evaluate(
                 folder / name,
                 texts,

@@ -4,22 +4,33 @@ The same quantizer serves `quantkit.load` for every format that quantkit reads.
 """
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from quantkit_kernels.formats import FLOAT_DTYPES
+from safetensors import safe_open
 from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit import formats
-from quantkit.checkpoint import linears
+from quantkit.checkpoint import output_head, tied_parameters
+from quantkit.conversion import Merged, Weight, find_merged
 from quantkit.errors import CheckpointError
+from quantkit.experts import QuantizedExperts, put_experts, use_eager_experts
+from quantkit.linears import linear_modules
 from quantkit.modules import QuantizedLinear
+from quantkit.scheme import Scheme
+from quantkit.shards import DTYPES, TensorInfo
 
 _WRAPPED = "stored"
+_TOKEN = re.compile(r"quantkit:(\d+):")
 
 
 @register_quantization_config(formats.native.NAME)
@@ -59,7 +70,7 @@ class QuantkitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(formats.native.NAME)
 class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts QuantizedLinear modules into a model before its weights are loaded."""
+    """Puts packed layers and experts into a model before its weights are loaded."""
 
     requires_calibration = True
 
@@ -69,18 +80,23 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.format = layout.NAME
         self.parsed = layout.parse(quantization_config.stored)
         self.stored_names: set[str] = set()
+        self.conversions = Conversions(())
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # By name: a model keeps its quantizer, and a copy of the model can hold a name, but no module.
-        layout = formats.FORMATS[self.format]
-        replace_linears(model, layout, self.parsed, self.quantization_config.backend)
+        layout, tensors = formats.FORMATS[self.format], read_headers(kwargs.get("checkpoint_files") or ())
+        self.conversions = put_layers(model, layout, self.parsed, tensors, self.quantization_config.backend)
         self.stored_names = {f"{name}.{leaf}" for name, layer in quantized_layers(model) for leaf in layer.stored}
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """The model's own conversions, and ours around them."""
+        return self.conversions.around(weight_conversions)
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """None (as stored) for what a QuantizedLinear stores; the model's dtype for the rest."""
+        """None (as stored) for what a packed layer stores; the model's dtype for the rest."""
         names = getattr(converter, "target_patterns", None) or []
-        if self.stored_names.intersection(names):
+        if isinstance(converter, _Packing) or self.stored_names.intersection(names):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -95,6 +111,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"{list(spec.shape)} is expected; the files and their quantization_config don't belong "
                         "together: download both again"
                     )
+        use_eager_experts(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -112,6 +129,17 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
+    """Shape and dtype of every tensor in safetensors files, by name."""
+    found = {}
+    for path in [Path(file) for file in files if str(file).endswith(".safetensors")]:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
+                view = file.get_slice(name)
+                found[name] = TensorInfo(path, tuple(view.get_shape()), DTYPES.get(view.get_dtype(), torch.uint8))
+    return found
+
+
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     """Every QuantizedLinear by name."""
     for name, module in model.named_modules():
@@ -119,28 +147,251 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
             yield name, module
 
 
-def replace_linears(model: nn.Module, layout: Any, parsed: formats.Layout, backend: str) -> None:
-    """Put a QuantizedLinear, still without values, in place of every linear layer that has a scheme.
+def put_layers(
+    model: nn.Module, layout: ModuleType, parsed: formats.Layout, tensors: Mapping[str, TensorInfo], backend: str
+) -> "Conversions":
+    """Put packed layers and experts, still without values, into a float model, and return how a checkpoint fills them.
+
+    Args:
+        model: a float model, on the meta device.
+        layout: the checkpoint's format.
+        parsed: which of its layers have which scheme.
+        tensors: shapes and dtypes of all that it holds, by name.
+        backend: which implementation of the ops to use.
 
     Raises:
-        CheckpointError: the config names no linear layer of this model.
+        CheckpointError: the config names no layer of this model, or tensors don't fit it.
     """
-    found = 0
-    for name, module in list(linears(model)):
-        scheme = parsed.scheme_of(name)
-        if scheme is None:
+    merged = find_merged(model, layout, parsed, tensors)
+    schemes = {
+        name.removesuffix(".weight"): each.scheme for each in merged if not each.experts for name in each.targets
+    }
+    count = replace_linears(model, layout, parsed, backend, schemes)
+    for each in merged:
+        if each.experts:
+            count += len(each.targets)
+            _put_experts(model, each, tensors, backend)
+    if not count:
+        raise CheckpointError("the checkpoint's quantization_config names no linear layer of this model")
+    return Conversions(tuple(merged), model)
+
+
+def replace_linears(
+    model: nn.Module,
+    layout: ModuleType,
+    parsed: formats.Layout,
+    backend: str,
+    schemes: Mapping[str, Scheme] | None = None,
+) -> int:
+    """Put a QuantizedLinear, still without values, in place of every linear layer that has a scheme; their number.
+
+    `schemes` holds schemes by module name that the checkpoint's tensors tell, whatever its config calls the layers.
+    """
+    spared = set()
+    if parsed.spares_head:
+        tied = tied_parameters(model)
+        spared = {output_head(model), *(name.removesuffix(".weight") for name in (*tied, *tied.values()))}
+    count = 0
+    for name, module, in_features, out_features, transposed in list(linear_modules(model)):
+        scheme = (schemes or {}).get(name) or parsed.scheme_of(name)
+        if scheme is None or name in spared:
             continue
-        with torch.device(module.weight.device):
+        weight = module.get_parameter("weight")
+        with torch.device(weight.device):
             quantized = QuantizedLinear(
-                module.in_features,
-                module.out_features,
+                in_features,
+                out_features,
                 scheme,
                 layout,
-                bias=module.bias is not None,
-                dtype=module.weight.dtype,
+                bias=getattr(module, "bias", None) is not None,
+                dtype=weight.dtype,
                 backend=backend,
+                transposed=transposed,
             )
         model.set_submodule(name, quantized)
-        found += 1
-    if not found:
-        raise CheckpointError("the checkpoint's quantization_config names no linear layer of this model")
+        count += 1
+    return count
+
+
+def _put_experts(model: nn.Module, merged: Merged, tensors: Mapping[str, TensorInfo], backend: str) -> None:
+    """Put experts without values in place of the parameters that these tensors make."""
+    empty = {
+        name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta") for name in merged.names()
+    }
+    for name, (codes, scale, static) in merged.merge(empty, model.config).items():
+        in_axis = 1 if scale.shape[1] == 1 and scale.shape[2] == codes.shape[2] else 2
+        dtype = model.get_parameter(name).dtype
+        experts = QuantizedExperts(
+            codes, scale, in_axis, merged.scheme, dtype=dtype, input_scale=static, backend=backend
+        )
+        put_experts(model, name, experts)
+
+
+class Conversions:
+    """How a checkpoint's tensors fill packed weights that transformers' own conversion makes, and back.
+
+    Transformers' list of conversions gets two more: the first gives tensors on disk names that no other conversion
+    knows (and after a save gives them back their names on disk), the last makes of them what the packed layers hold.
+
+    Args:
+        merged: the weights that are made so.
+        model: the model with its packed layers.
+    """
+
+    def __init__(self, merged: tuple[Merged, ...], model: nn.Module | None = None) -> None:
+        self.merged: dict[str, Merged] = {}
+        self.anchors: dict[str, str] = {}
+        self.names: list[str] = []
+        self.buffers: dict[str, str] = {}
+        for each in merged:
+            assert model is not None
+            held = [buffer for name in each.targets for buffer in _buffers(model, name, each)]
+            self.merged[held[0]] = each
+            self.anchors |= dict.fromkeys(each.names(), held[0])
+            self.buffers |= dict.fromkeys(held, held[0])
+        self.names = list(self.anchors)
+        self.numbers = {name: number for number, name in enumerate(self.names)}
+
+    def around(self, conversions: list[Any]) -> list[Any]:
+        """A list of transformers' conversions with ours at its ends."""
+        return [_Naming(self), *conversions, _Packing(self)] if self.merged else list(conversions)
+
+    def packed(self, anchor: str, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        """What the layers of a group hold, by full name, of its tensors on disk.
+
+        Raises:
+            CheckpointError: a tensor is missing, or they don't fit together.
+        """
+        merged, found = self.merged[anchor], dict[str, torch.Tensor]()
+        for name, (codes, scale, static) in merged.merge(tensors, model.config).items():
+            if merged.experts:
+                held = {"weight": codes, "weight_scale": scale, "input_scale": static}
+                found |= {f"{name}.{leaf}": value.contiguous() for leaf, value in held.items() if value is not None}
+            else:
+                layer = _layer(model, name)
+                if merged.scheme.weight_granularity == "tensor":
+                    scale = _one_scale(name, scale)
+                stored = formats.FORMATS[layer.format].compress(
+                    merged.scheme, codes, scale, static, transposed=layer.transposed
+                )
+                found |= {f"{name.removesuffix('weight')}{leaf}": value for leaf, value in stored.items()}
+        return found
+
+    def unpacked(self, anchor: str, held: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors on disk of what the layers of a group hold, by full name."""
+        merged = self.merged[anchor]
+        weights: dict[str, Weight] = {}
+        for name in merged.targets:
+            if merged.experts:
+                weights[name] = (held[f"{name}.weight"], held[f"{name}.weight_scale"], held.get(f"{name}.input_scale"))
+            else:
+                layer, prefix = _layer(model, name), name.removesuffix("weight")
+                stored = {leaf: held[prefix + leaf] for leaf in layer.stored}
+                codes, scale = formats.FORMATS[layer.format].decompress(
+                    merged.scheme, stored, layer.in_features, layer.transposed
+                )
+                rows = scale.reshape(1, 1).expand(layer.out_features, 1) if scale.ndim == 1 else scale
+                weights[name] = (codes, rows, stored.get("input_scale"))
+        return merged.split(weights, model.config)
+
+
+def _one_scale(name: str, scale: torch.Tensor) -> torch.Tensor:
+    """The scale [1] that all rows share.
+
+    Raises:
+        CheckpointError: they don't.
+    """
+    if not bool((scale == scale[:1, :1]).all()):
+        raise CheckpointError(
+            f"{name!r} is made of layers with a scale each, and its scheme has one for all of it; "
+            "quantize the model again with a scale a row"
+        )
+    return scale.reshape(-1)[:1]
+
+
+def _layer(model: nn.Module, weight: str) -> QuantizedLinear:
+    """The packed layer that stands where a float layer's weight was."""
+    layer = model.get_submodule(weight.removesuffix(".weight"))
+    assert isinstance(layer, QuantizedLinear)
+    return layer
+
+
+def _buffers(model: nn.Module, name: str, merged: Merged) -> list[str]:
+    """The full names of what a packed layer or experts hold."""
+    if not merged.experts:
+        return [name.removesuffix("weight") + leaf for leaf in _layer(model, name).stored]
+    return [f"{name}.{leaf}" for leaf, _ in model.get_submodule(name).named_buffers()]
+
+
+class _Kept(ConversionOps):  # type: ignore[misc]
+    """An operation that transformers wants to see in a converter; ours does its work as a whole."""
+
+    def convert(self, input_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """What came in."""
+        return input_dict
+
+
+class _Naming(WeightRenaming):  # type: ignore[misc]
+    """Tensors on disk that make packed weights together, to names that no other conversion knows; or back."""
+
+    def __init__(self, conversions: Conversions, back: bool = False) -> None:
+        super().__init__("quantkit:naming", "quantkit:naming")
+        self.conversions, self.back = conversions, back
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Naming":
+        return type(self)(self.conversions, self.back)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The new name, or the one that it has."""
+        if self.back:
+            found = _TOKEN.search(source_key)
+            return (source_key if found is None else self.conversions.names[int(found[1])]), None
+        number = self.conversions.numbers.get(source_key)
+        if number is None:
+            return source_key, None
+        self._was_used = True
+        return f"quantkit:{number}:", None
+
+    def reverse_transform(self) -> "_Naming":
+        """The same, back."""
+        return type(self)(self.conversions, not self.back)
+
+
+class _Packing(WeightConverter):  # type: ignore[misc]
+    """Tensors on disk, by those names, to what packed layers hold; or back."""
+
+    def __init__(self, conversions: Conversions, back: bool = False) -> None:
+        super().__init__("quantkit:packing", "quantkit:packing", [_Kept()])
+        self.conversions, self.back = conversions, back
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Packing":
+        return type(self)(self.conversions, self.back)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The first thing that the group's layers hold, whatever the group's tensor; and this converter's pattern."""
+        if self.back:
+            anchor = self.conversions.buffers.get(source_key)
+        else:
+            found = _TOKEN.search(source_key)
+            anchor = None if found is None else self.conversions.anchors[self.conversions.names[int(found[1])]]
+        if anchor is None:
+            return source_key, None
+        self._was_used = True
+        return anchor, self.source_patterns[0]
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        """Take a tensor, by its own name: on disk, or in the model."""
+        super().add_tensor(target_key, source_key, source_key, future)
+
+    def convert(self, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """What the group's layers hold, by full name; or its tensors on disk."""
+        tensors = {name: values[0] for name, values in self.materialize_tensors().items()}
+        if not self.back:
+            return self.conversions.packed(layer_name, tensors, model)
+        numbers = self.conversions.numbers
+        made = self.conversions.unpacked(layer_name, tensors, model)
+        return {f"quantkit:{numbers[name]}:": tensor for name, tensor in made.items()}
+
+    def reverse_transform(self) -> "_Packing":
+        """The same, back."""
+        return type(self)(self.conversions, not self.back)

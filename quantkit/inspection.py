@@ -14,18 +14,16 @@ from torch import nn
 from quantkit import formats
 from quantkit.checkpoint import (
     Hub,
-    Origin,
     Source,
     build_skeleton,
-    conversion_problems,
     linears,
-    names_of,
     read_config,
     resolve,
     tied_parameters,
 )
 from quantkit.hf import quantized_layers, replace_linears
 from quantkit.modules import QuantizedLinear
+from quantkit.naming import Origin, conversion_problems, names_of
 from quantkit.planning import FLOAT_DTYPES
 from quantkit.shards import ShardReader
 

@@ -9,12 +9,15 @@ from quantkit_kernels.backends import BACKENDS
 from torch import nn
 
 from quantkit import formats
-from quantkit.checkpoint import Hub, read_config, resolve
+from quantkit.checkpoint import Hub, auto_class, read_config, resolve
 from quantkit.devices import pick_device
 from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.linears import linear_modules
 from quantkit.modules import QuantizedLinear
 from quantkit.shards import ShardReader
 
+SCALES = ("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "input_scale", "SCB")
+"""The last parts of the names of tensors without which codes are no weights."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -48,7 +51,7 @@ def load(
         CheckpointError: the files are missing, damaged, or compressed in a way that quantkit doesn't read.
         QuantkitError: the device, dtype or backend is unknown.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from quantkit.hf import QuantkitConfig
 
@@ -66,7 +69,7 @@ def load(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if stored is not None:
             config.quantization_config = QuantkitConfig.wrapped(stored, backend)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -89,16 +92,19 @@ def load(
 
 
 def _refuse_unexpected(model: nn.Module, keys: Iterable[str], name: str) -> None:
-    """Raise CheckpointError for a tensor of a linear layer that the layer has no place for (a scale, a zero point).
+    """Raise CheckpointError for a tensor of a quantized layer that the model has no place for (a scale, a zero point).
 
     Without it the layer's weight means something else. Other tensors that the model doesn't use do no harm: float
-    checkpoints have them, and `quantize` copies them.
+    checkpoints have them, and `quantize` copies them; so do whole layers that it doesn't use.
     """
-    layers = {module for module, layer in model.named_modules() if isinstance(layer, (nn.Linear, QuantizedLinear))}
-    prefix = getattr(model, "base_model_prefix", "")
-    for key in sorted(keys):
+    layers = {module for module, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    layers |= {module for module, *_ in linear_modules(model)}
+    prefix, unexpected = getattr(model, "base_model_prefix", ""), set(keys)
+    for key in sorted(unexpected):
         module, _, leaf = key.rpartition(".")
-        if leaf != "bias" and layers.intersection((module, f"{prefix}.{module}")):
+        own = leaf != "bias" and bool(layers.intersection((module, f"{prefix}.{module}")))
+        used = unexpected.isdisjoint((f"{module}.weight", f"{module}.weight_packed"))
+        if own or (leaf in SCALES and used):
             raise CheckpointError(
                 f"tensor {key!r} of {name} is not part of the scheme that its quantization_config gives the layer; "
                 "load it with the software that wrote it"

@@ -4,27 +4,30 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from quantkit_kernels.formats import dequantize, quantize_weight
+from quantkit_calibration.data import calibration_windows
 from torch import nn
 
-from quantkit import formats
+from quantkit.calibrated import compress_calibrated
 from quantkit.checkpoint import Hub, Source, open_folder, open_model
+from quantkit.compression import compress_stage
+from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
-from quantkit.errors import CheckpointError, QuantkitError, RecipeError
+from quantkit.errors import DataError, QuantkitError, RecipeError
 from quantkit.memory import peak_memory_bytes
 from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
-from quantkit.pairing import tokenizer_of
-from quantkit.planning import Plan, Stage, Target, make_plan
-from quantkit.progress import track
+from quantkit.outcome import Outcome
+from quantkit.pairing import Pair, check_vocabulary, require_tokenizer, tokenizer_of, window_length
+from quantkit.planning import Plan, make_plan
+from quantkit.progress import Steps
 from quantkit.recipe import Recipe, Step, load_recipe
-from quantkit.report import LayerReport, Report, model_card, write_report
+from quantkit.report import Report, model_card, write_report
 from quantkit.shards import ShardWriter, write_error, write_json, write_text
-from quantkit.texts import read
+from quantkit.texts import read, tokenize
 from quantkit.verification import verify
 
 RECIPE_FILE = "quantkit_recipe.json"
@@ -54,6 +57,7 @@ def quantize(
     token: str | None = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     progress: bool = True,
 ) -> Report:
     """Compress a model, write the checkpoint to `output`, read it back, and return the report.
@@ -63,22 +67,23 @@ def quantize(
         output: a folder that doesn't exist yet, or is empty.
         steps: steps such as `"w8a8"` or `"int8:group=128"`; or else give `recipe`.
         recipe: a Recipe, the name of one that comes with quantkit, or a file.
-        dataset: what to calibrate on; noted and unused when no step observes anything.
+        dataset: what to calibrate on, a SPEC; noted and unused when no step observes anything.
         samples: windows to calibrate on; unused like `dataset` when no step observes anything.
         include: patterns of module names; when there are any, only what they match is quantized.
         ignore: patterns of module names that stay float.
         seed: seed of everything random; by default the recipe's, or 0.
-        format: `auto`, `compressed-tensors` or `quantkit`.
+        format: `auto`, `compressed-tensors`, `bitsandbytes` or `quantkit`.
         max_shard_size: such as `"5GB"`, or bytes.
         device: where weights are quantized: `auto`, `cpu`, `cuda` or `cuda:N`.
         eval_dataset: evaluate the result on this data set, with the float model as baseline, once it is safe on disk.
-        seq_len: window length of that evaluation.
+        seq_len: tokens of a window, of calibration and of that evaluation.
         data_dir: where known data sets lie.
         tokenizer: for a model in memory, a tokenizer to save beside it.
         revision: branch, tag or commit on the hub.
         token: access token for the hub.
         cache_dir: the hub's cache.
         trust_remote_code: let the model's folder run its own Python code.
+        dequantize: take a source that is compressed already, turned into float tensor by tensor first.
         progress: show progress on stderr.
 
     Raises:
@@ -93,26 +98,31 @@ def quantize(
         log.warning("--dataset %s is unused: no step of this recipe observes data", dataset)
     if seq_len is not None and not made.observes and eval_dataset is None:
         log.warning("--seq-len %s is unused: nothing is observed or evaluated", seq_len)
+    if made.observes and dataset is None:
+        raise RecipeError(
+            f"{', '.join(map(str, made.steps))} observes activations and needs data; give --dataset SPEC (a file such as "
+            "text.txt, a data set of the hub, or demo for the demo model's own)"
+        )
     hub = Hub(revision, token, cache_dir, trust_remote_code)
-    source = open_model(model, tokenizer) if isinstance(model, nn.Module) else open_folder(model, hub)
-    layout = formats.choose(_scheme(made), format)
-    plan = make_plan(source, made, layout)
+    source = open_source(model, hub, tokenizer, dequantize=dequantize)
+    plan = make_plan(source, made, format)
     refuse_full_disk(target, plan.output_bytes)
+    windows = None
+    if made.observes and dataset is not None:
+        data = Data(dataset, samples, seq_len, data_dir)
+        windows, made = calibration_data(source, model, made, data, hub)
     evaluation = None
     if eval_dataset is not None:
         evaluation = prepare_evaluation(source, model, eval_dataset, seq_len, data_dir, hub, device, progress)
     with partial_folder(target) as folder:
         writer = ShardWriter(folder, limit)
-        layers: list[LayerReport] = []
-        for stage in track(plan.stages, "quantizing", len(plan.stages), "block", disable=not progress):
-            layers += compress_stage(stage, plan, source, layout, writer, place)
+        done = compress(plan, made, source, writer, place, windows, progress)
         writer.finish()
-        config = finished_config(source, plan, layout)
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", finished_config(source, plan))
         copy_files(source, folder)
         write_text(folder / RECIPE_FILE, made.to_json())
-        verified = verify(folder, plan, layout, writer.checksums, progress=progress)
-        report = Report.of(source, made, layout.NAME, plan, layers, writer.nbytes, verified)
+        verified = verify(folder, plan, writer.checksums, progress=progress)
+        report = Report.of(source, made, plan, done, writer.nbytes, verified)
         report.seconds, report.peak_memory_bytes = time.monotonic() - started, peak_memory_bytes()
         write_text(folder / "README.md", model_card(report, source))
         write_report(folder, report)
@@ -124,6 +134,26 @@ def quantize(
         write_report(target, report)
         write_text(target / "README.md", model_card(report, source))
     return report
+
+
+def prepare(
+    model: str | Path | nn.Module,
+    *,
+    steps: Sequence[str | Step] = (),
+    recipe: Recipe | str | Path | None = None,
+    include: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    format: str = "auto",  # noqa: A002  (the flag's name)
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    dequantize: bool = False,
+) -> tuple[Plan, Recipe]:
+    """What `quantize` would do with the same arguments, and the recipe; no weight is read, nothing is written."""
+    made = _recipe(recipe, steps, include, ignore, None)
+    source = open_source(model, Hub(revision, token, cache_dir, trust_remote_code), None, dequantize=dequantize)
+    return make_plan(source, made, format), made
 
 
 def _recipe(
@@ -142,13 +172,6 @@ def _recipe(
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     seed = found.seed if seed is None else seed
     return Recipe(found.steps, (*found.include, *include), (*found.ignore, *ignore), seed)
-
-
-def _scheme(recipe: Recipe) -> Any:
-    """The recipe's scheme, or RecipeError when nothing in it quantizes."""
-    if recipe.scheme is None:
-        raise RecipeError("the recipe has no quantizer; add one such as -m w8a8")
-    return recipe.scheme
 
 
 def prepare_evaluation(
@@ -173,6 +196,71 @@ def prepare_evaluation(
     return lambda folder: evaluate(folder, texts, baseline=baseline, **words)
 
 
+def open_source(model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, dequantize: bool) -> Source:
+    """The source of a folder, a hub id or a model in memory."""
+    if isinstance(model, nn.Module):
+        return open_model(model, tokenizer)
+    return open_folder(model, hub, dequantized if dequantize else None)
+
+
+def calibration_data(
+    source: Source, model: str | Path | nn.Module, recipe: Recipe, data: "Data", hub: Hub
+) -> tuple[torch.Tensor, Recipe]:
+    """Windows [W, T] to calibrate on, and the recipe with what they were taken from."""
+    texts = read(
+        data.spec, purpose="calibration", data_dir=data.folder, token=hub.token, cache_dir=hub.cache_dir
+    )
+    tokenizer = source.tokenizer or (tokenizer_of(model, hub) if texts.kind != "tokens" else None)
+    require_tokenizer(texts, tokenizer, source.name)
+    length = window_length(Pair(source.skeleton, source.name, None, ""), data.seq_len)
+    ids = tokenize(texts, tokenizer).ids
+    if ids.numel() < length:
+        raise DataError(
+            f"{texts.name} has {ids.numel():,} tokens, less than one window of seq_len {length}: give more text or choose "
+            "a smaller --seq-len"
+        )
+    generator = torch.Generator().manual_seed(recipe.seed)
+    windows = calibration_windows(ids, data.samples, length, generator)
+    check_vocabulary(source.skeleton, source.name, int(windows.max()))
+    if len(windows) < data.samples:
+        log.warning("%s holds %d windows of %d tokens, fewer than %d samples", texts.name, len(windows), length, data.samples)
+    record = {"name": texts.name, "fingerprint": texts.fingerprint, "windows": len(windows), "seq_len": length}
+    return windows, replace(recipe, dataset=record)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to calibrate on: a SPEC, how many windows, tokens of a window (None: the default), and where known sets lie."""
+
+    spec: str
+    samples: int
+    seq_len: int | None
+    folder: str | Path | None
+
+
+def compress(
+    plan: Plan,
+    recipe: Recipe,
+    source: Source,
+    writer: ShardWriter,
+    device: torch.device,
+    windows: torch.Tensor | None,
+    progress: bool,
+) -> Outcome:
+    """Write every stage; with windows the blocks are calibrated on them."""
+    done = Outcome()
+    first = [stage for stage in plan.stages if windows is None or not stage.is_block]
+    with Steps("quantizing", len(plan.stages), "block", disable=not progress) as steps:
+        for stage in first:
+            done.layers += compress_stage(stage, plan, source, writer, device)
+            steps.advance()
+        if windows is not None:
+            blocks = compress_calibrated(plan, recipe, source, writer, device, windows, lambda _: steps.advance())
+            done.layers += blocks.layers
+            done.groups, done.notes = blocks.groups, blocks.notes
+    return done
+
+
 def parse_size(size: str | int) -> int:
     """Bytes of a size such as `5GB`, `512MB`, `2GiB`, or a number of bytes.
 
@@ -192,65 +280,16 @@ def parse_size(size: str | int) -> int:
     raise RecipeError(f"{size!r} is not a size; write one like 5GB, 512MB or 2GiB")
 
 
-def compress_stage(
-    stage: Stage, plan: Plan, source: Source, layout: ModuleType, writer: ShardWriter, device: torch.device
-) -> list[LayerReport]:
-    """Read, compress and write one stage, a tensor at a time; the reports of its linear layers."""
-    layers = []
-    for key in stage.keys:
-        tensor = source.weights.get(key)
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and key not in plan.unused:
-            refuse_nonfinite(tensor, key, source)
-        if key not in plan.targets:
-            writer.add({plan.renamed.get(key, key): tensor})
-            if not stage.is_block:
-                writer.flush()
-            continue
-        target = plan.targets[key]
-        tensors, layer = compress_linear(target, tensor.to(device), layout)
-        writer.add({target.prefix + name: value for name, value in tensors.items()})
-        layers.append(layer)
-    writer.flush()
-    return layers
-
-
-def refuse_nonfinite(tensor: torch.Tensor, key: str, source: Source) -> None:
-    """Return nothing; raise CheckpointError when a tensor holds NaN or infinity."""
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):  # one pass; NaN and infinity survive a sum
-        return
-    if not bool(torch.isfinite(tensor).all()):
-        kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-        path = source.weights.tensors[key].path
-        raise CheckpointError(
-            f"tensor {key!r} in {path} holds {kind}; the model is damaged: download or train it again"
-        )
-
-
-def compress_linear(
-    target: Target, weight: torch.Tensor, layout: ModuleType
-) -> tuple[dict[str, torch.Tensor], LayerReport]:
-    """A float weight [N, K] as its format stores it, and what that cost."""
-    scheme = target.scheme
-    codes, scale = quantize_weight(
-        weight, getattr(torch, scheme.weight_dtype), group_size=scheme.group_size, weight_range=scheme.weight_range
-    )
-    tensors = layout.compress(scheme, codes, scale)
-    exact = weight.float()
-    norm = float(torch.linalg.vector_norm(exact))
-    lost = float(torch.linalg.vector_norm(dequantize(codes, scale).float() - exact))
-    bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / weight.numel()
-    shape = (target.out_features, target.in_features)
-    return tensors, LayerReport(target.module, scheme.label, shape, bits, lost / norm if norm else 0.0)
-
-
-def finished_config(source: Source, plan: Plan, layout: ModuleType) -> dict[str, Any]:
+def finished_config(source: Source, plan: Plan) -> dict[str, Any]:
     """config.json of the result: the source's own, with what is quantized."""
-    targets = list(plan.targets.values())
-    names = [target.module for target in targets]
     config = dict(source.config)
     if not config.get("dtype") and not config.get("torch_dtype"):
-        config["dtype"] = str(targets[0].dtype).removeprefix("torch.")
-    config["quantization_config"] = layout.config(targets[0].scheme, names, plan.linears_left)
+        dtypes = [target.dtype for target in plan.targets.values()] or list(source.skeleton.parameters())[:1]
+        config["dtype"] = str(getattr(dtypes[0], "dtype", dtypes[0])).removeprefix("torch.")
+    if plan.layout is not None:
+        targets = list(plan.targets.values())
+        names = list(dict.fromkeys(target.module for target in targets))
+        config["quantization_config"] = plan.layout.config(targets[0].scheme, names, plan.ignored)
     return config
 
 

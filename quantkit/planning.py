@@ -1,34 +1,43 @@
 """The plan: what would happen to every tensor, and why, from config and headers alone."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import nn
 
-from quantkit.checkpoint import (
-    Origin,
-    Source,
-    conversion_problems,
-    decoder_blocks,
-    linears,
-    names_of,
-    output_head,
-    tied_parameters,
-)
-from quantkit.discovery import weights_read_elsewhere
+from quantkit import formats
+from quantkit.candidates import FLOAT_DTYPES, Candidate, Reasons, candidates_of
+from quantkit.checkpoint import Source, tied_parameters
 from quantkit.errors import CheckpointError, RecipeError
+from quantkit.exploration import Findings, explore
+from quantkit.naming import Names, Origin, conversion_problems
 from quantkit.recipe import Recipe, matches
-from quantkit.scheme import Scheme
+from quantkit.scheme import BLOCK, Scheme
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["FLOAT_DTYPES", "LeftAlone", "PatternMatch", "Plan", "Stage", "Target", "make_plan"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer that will be quantized: its module name, its weight's checkpoint key, N × K, dtype and scheme."""
+    """A checkpoint key whose tensor will be quantized.
+
+    Attributes:
+        module: the linear layer's name in the model; for experts, that of the parameter that holds them.
+        key: the checkpoint key of the float weight.
+        out_features: N.
+        in_features: K.
+        dtype: dtype of the float weight.
+        scheme: what its numbers will look like.
+        parameter: the model's parameter that the key makes, or makes a part of.
+        in_axis: that parameter's axis of the in features.
+        transposed: whether the key holds K before N.
+        experts: how many experts the parameter holds, or 0.
+        fused: whether the key holds all experts together; they are written one layer an expert.
+        whole: whether the key makes the whole parameter.
+    """
 
     module: str
     key: str
@@ -36,11 +45,25 @@ class Target:
     in_features: int
     dtype: torch.dtype
     scheme: Scheme
+    parameter: str = ""
+    in_axis: int = 1
+    transposed: bool = False
+    experts: int = 0
+    fused: bool = False
+    whole: bool = True
 
     @property
     def prefix(self) -> str:
         """What the names of its tensors on disk begin with."""
         return self.key.removesuffix("weight")
+
+    @property
+    def prefixes(self) -> list[str]:
+        """That of each expert's tensors, where the key holds them all; else the one."""
+        if not self.fused:
+            return [self.prefix if self.key.endswith("weight") else f"{self.key}."]
+        owner, _, leaf = self.key.removesuffix(".weight").rpartition(".")
+        return [f"{owner}.{expert}.{leaf}." for expert in range(self.experts)]
 
 
 @dataclass(frozen=True)
@@ -79,69 +102,171 @@ class Plan:
         targets: checkpoint key to the linear layer whose weight it is, for all that will be quantized.
         left: every other weight matrix of the model, with the reason.
         linears_left: the names of the linear layers among them.
+        ignored: what a config names as left in float: these layers, and the experts of a mixture.
         unused: checkpoint keys that the model doesn't use; they are copied.
         renamed: checkpoint keys that are written under another name: a tied tensor stored only under the name of its
             second use gets that of the first, where servers look for it.
         patterns: what the patterns matched.
         notes: what else a reader of the plan should know.
         output_bytes: bytes of all tensors that will be written.
+        layout: the format that they are written in; None when nothing is quantized.
+        findings: what the model does with its parameters.
+        names: its keys and parameters.
     """
 
     stages: tuple[Stage, ...]
     targets: dict[str, Target]
     left: tuple[LeftAlone, ...]
     linears_left: tuple[str, ...]
+    ignored: tuple[str, ...]
     unused: tuple[str, ...]
     renamed: dict[str, str]
     patterns: tuple[PatternMatch, ...]
     notes: tuple[str, ...]
     output_bytes: int
+    layout: ModuleType | None
+    findings: Findings
+    names: Names
 
 
-def make_plan(source: Source, recipe: Recipe, format_module: ModuleType) -> Plan:
+def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto") -> Plan:
     """What the recipe does to the model.
+
+    Args:
+        source: the model.
+        recipe: what to do.
+        layout: a format's name or module; `auto` is the first that can say the recipe's scheme, or quantkit's own where
+            experts lie together in one tensor, which no other can say.
 
     Raises:
         RecipeError: a pattern matches nothing, nothing is left to quantize, or a group size doesn't divide (all such
             layers are named).
         CheckpointError: the weights don't make the model.
     """
+    names = Names(source)
+    _refuse_incomplete(source, names.origins)
+    findings = explore(source.skeleton, groups=bool(recipe.transforms))
+    candidates = candidates_of(source, names, findings)
+    patterns = _pattern_matches(source, recipe, [candidate.name for candidate in candidates])
+    judge = Reasons(source, recipe, names, findings)
+    reasons = {candidate.name: judge.of(candidate) for candidate in candidates}
     scheme = recipe.scheme
-    if scheme is None:
-        raise RecipeError("the recipe has no quantizer; add one such as -m w8a8")
-    origins = names_of(source)
-    _refuse_incomplete(source, origins)
-    patterns = _pattern_matches(source, recipe)
-    keys = {origin.parameter: key for key, origin in origins.items() if origin.parameter and not origin.converted}
-    elsewhere, ended = weights_read_elsewhere(source.skeleton)
-    reasons = _reasons(source, recipe, keys, elsewhere)
-    targets = {}
-    for name, module in linears(source.skeleton):
-        if name not in reasons:
-            key = keys[f"{name}.weight"]
-            info = source.weights.tensors[key]
-            targets[key] = Target(name, key, module.out_features, module.in_features, info.dtype, scheme)
-    if not targets:
-        raise RecipeError(_nothing_left(source, reasons))
-    _refuse_indivisible(list(targets.values()), scheme)
-    unused = tuple(key for key, origin in origins.items() if origin.parameter is None)
+    chosen, targets = None, {}
+    if scheme is not None:
+        chosen = layout if isinstance(layout, ModuleType) else _layout(scheme, layout, candidates, reasons)
+        for candidate in candidates:
+            reasons[candidate.name] = reasons[candidate.name] or _against(candidate, scheme, chosen, findings)
+            if reasons[candidate.name] is None:
+                targets |= {target.key: target for target in _targets(source, candidate, scheme)}
+        if not targets:
+            raise RecipeError(_nothing_left(source, {name: why for name, why in reasons.items() if why}))
+        _refuse_indivisible(list(targets.values()), scheme)
+    else:
+        reasons = {name: reason or "the recipe quantizes nothing" for name, reason in reasons.items()}
     output = sum(info.nbytes for key, info in source.weights.tensors.items() if key not in targets)
     for target in targets.values():
-        specs = format_module.tensor_specs(scheme, target.out_features, target.in_features, target.dtype)
+        specs = tensor_specs(target, chosen)
         output += sum(spec.nbytes for spec in specs.values())
+    left = {candidate.name: reasons[candidate.name] or "" for candidate in candidates if reasons[candidate.name]}
     return Plan(
-        _stages(source, origins),
+        _stages(source, names, findings),
         targets,
-        _left_alone(source, {target.module for target in targets.values()}, reasons),
-        tuple(reasons),
-        unused,
-        _renamed(source, origins),
+        _left_alone(source, {target.parameter for target in targets.values()}, left, findings),
+        tuple(candidate.name for candidate in candidates if candidate.name in left and not candidate.experts),
+        _ignored(candidates, left, chosen),
+        tuple(key for key, origin in names.origins.items() if origin.parameter is None),
+        _renamed(source, names.origins),
         patterns,
-        ()
-        if ended is None
-        else (f"the data flow was seen only in part, as the pass without data ended early: {ended}",),
+        _notes(findings),
         output,
+        chosen,
+        findings,
+        names,
     )
+
+
+def _ignored(candidates: Iterable[Candidate], left: dict[str, str], layout: ModuleType | None) -> tuple[str, ...]:
+    """What is left in float, for a config: modules by name, experts (compressed-tensors) by the regex of their layers."""
+    found = []
+    for candidate in candidates:
+        if candidate.name not in left:
+            continue
+        if not candidate.experts:
+            found.append(candidate.name)
+        elif layout is formats.compressed_tensors:
+            found += [f"re:{re.escape(owner)}\\..*" for owner in candidate.owners]
+    return tuple(dict.fromkeys(found))
+
+
+def tensor_specs(target: Target, layout: ModuleType | None) -> dict[str, formats.TensorSpec]:
+    """Every tensor that a target is written as, by its full name."""
+    assert layout is not None
+    specs = layout.tensor_specs(
+        target.scheme, target.out_features, target.in_features, target.dtype, transposed=target.transposed
+    )
+    return {prefix + name: spec for prefix in target.prefixes for name, spec in specs.items()}
+
+
+def _layout(scheme: Scheme, name: str, candidates: Iterable[Candidate], reasons: dict[str, str | None]) -> ModuleType:
+    """The format of that name, or the one that can hold all of it."""
+    layout = formats.choose(scheme, name)
+    fused = any(each.fused and reasons[each.name] is None and _by_row(scheme) for each in candidates)
+    return formats.native if name == "auto" and layout is formats.compressed_tensors and fused else layout
+
+
+def _by_row(scheme: Scheme) -> bool:
+    """Whether experts can have the scheme: scales by row, nothing stored of activations."""
+    return scheme.weight_granularity == "row" and not scheme.is_static
+
+
+def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings: Findings) -> str | None:
+    """Why this format or scheme can't take a candidate, or None."""
+    if scheme.is_static and not candidate.name.startswith(f"{findings.blocks}."):
+        return "lies outside of the blocks, where no activation is observed"
+    if not candidate.experts:
+        return None
+    if layout is formats.bitsandbytes:
+        return "bitsandbytes has no quantized experts; --format quantkit has"
+    if not _by_row(scheme):
+        return "experts have scales by row and by token: with this recipe they stay in float"
+    if candidate.fused and layout is formats.compressed_tensors:
+        return (
+            "holds all experts in one tensor, and compressed-tensors needs a layer an expert; --format quantkit has it"
+        )
+    return None
+
+
+def _targets(source: Source, candidate: Candidate, scheme: Scheme) -> Iterable[Target]:
+    """One target for each key of a candidate."""
+    for key, transposed in candidate.keys.items():
+        info = source.weights.tensors[key]
+        out_features, in_features = info.shape[-2:] if not transposed else info.shape[:-3:-1]
+        yield Target(
+            candidate.name,
+            key,
+            out_features,
+            in_features,
+            info.dtype,
+            scheme,
+            candidate.parameter,
+            candidate.in_axis,
+            transposed,
+            candidate.experts,
+            candidate.fused,
+            whole=len(candidate.keys) == 1 and not (candidate.experts and not candidate.fused),
+        )
+
+
+def _notes(findings: Findings) -> tuple[str, ...]:
+    """What a reader should know of how the data flow was seen."""
+    notes = []
+    if findings.ended is not None:
+        notes.append(
+            f"the data flow was seen only in part, as the pass over random weights ended early: {findings.ended}"
+        )
+    for number, why in findings.untraced.items():
+        notes.append(f"block {number} was not traced: {why}")
+    return tuple(notes)
 
 
 def _nothing_left(source: Source, reasons: dict[str, str]) -> str:
@@ -184,37 +309,8 @@ def _refuse_incomplete(source: Source, origins: dict[str, Origin]) -> None:
             )
 
 
-def _reasons(source: Source, recipe: Recipe, keys: dict[str, str], elsewhere: set[str]) -> dict[str, str]:
-    """Every linear layer that stays in float, to the reason."""
-    head, tied = output_head(source.skeleton), tied_parameters(source.skeleton)
-    sources_of_ties = set(tied.values())
-    reasons = {}
-    for name, module in linears(source.skeleton):
-        weight = f"{name}.weight"
-        included = [pattern for pattern in recipe.include if matches(pattern, name)]
-        ignored = [pattern for pattern in recipe.ignore if matches(pattern, name)]
-        if type(module).forward is not nn.Linear.forward:
-            reasons[name] = f"is a {type(module).__name__}, whose forward pass is its own"
-        elif weight in tied or weight in sources_of_ties:
-            reasons[name] = f"shares its weight with {tied.get(weight, 'another layer').removesuffix('.weight')}"
-        elif ignored:
-            reasons[name] = f"ignored by {ignored[0]!r}"
-        elif recipe.include and not included:
-            reasons[name] = "no include pattern matches it"
-        elif name == head and not included:
-            reasons[name] = "makes the logits; --include it to quantize it"
-        elif name in elsewhere:
-            reasons[name] = "has a weight that other code reads without calling the layer"
-        elif weight not in keys:
-            reasons[name] = "its weight is merged or changed while the checkpoint is loaded"
-        elif source.weights.tensors[keys[weight]].dtype not in FLOAT_DTYPES:
-            reasons[name] = f"its weight is stored as {source.weights.tensors[keys[weight]].dtype}"
-    return reasons
-
-
-def _pattern_matches(source: Source, recipe: Recipe) -> tuple[PatternMatch, ...]:
+def _pattern_matches(source: Source, recipe: Recipe, names: Sequence[str]) -> tuple[PatternMatch, ...]:
     """What each pattern matched, or RecipeError when one matched nothing."""
-    names = [name for name, _ in linears(source.skeleton)]
     found = []
     for kind, patterns in (("include", recipe.include), ("ignore", recipe.ignore)):
         for pattern in patterns:
@@ -230,25 +326,37 @@ def _pattern_matches(source: Source, recipe: Recipe) -> tuple[PatternMatch, ...]
 
 
 def _refuse_indivisible(targets: Sequence[Target], scheme: Scheme) -> None:
-    """Raise RecipeError naming every layer whose in features the group size doesn't divide."""
-    size = scheme.group_size
+    """Raise RecipeError naming every layer whose in features the group or block size doesn't divide."""
+    size = BLOCK if scheme.weight_granularity == "block" else scheme.group_size
     bad = [] if size is None else [target for target in targets if target.in_features % size]
     if bad:
-        names = ", ".join(f"{target.module} ({target.in_features})" for target in bad)
+        names = ", ".join(dict.fromkeys(f"{target.module} ({target.in_features})" for target in bad))
+        what = "block" if scheme.weight_granularity == "block" else "group"
+        other = "another scheme" if scheme.weight_granularity == "block" else "group=channel"
         raise RecipeError(
-            f"group size {size} does not divide the in features of {len(bad)} layers: {names}; "
-            "--ignore them, or use group=channel"
+            f"{what} size {size} does not divide the in features of {len(bad)} layers: {names}; "
+            f"--ignore them, or use {other}"
         )
 
 
-def _left_alone(source: Source, quantized: set[str], reasons: dict[str, str]) -> tuple[LeftAlone, ...]:
+def _left_alone(
+    source: Source, quantized: set[str], reasons: dict[str, str], findings: Findings
+) -> tuple[LeftAlone, ...]:
     """Every weight of two or more axes that isn't quantized, with the reason."""
+    used = {
+        f"{findings.blocks}.{number}.{use.parameter}": use
+        for number, structure in findings.structures.items()
+        for use in structure.linears
+    }
     found = []
     for name, parameter in source.skeleton.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")
-        if parameter.ndim < 2 or (module in quantized and leaf == "weight"):
+        if parameter.ndim < 2 or name in quantized:
             continue
-        reason = reasons.get(module) if leaf == "weight" else None
+        reason = reasons.get(name) or (reasons.get(module) if leaf == "weight" else None)
+        if reason is None and name in used:
+            use = used[name]
+            reason = use.reason if use.role != "linear" and use.reason else "is multiplied as it stands, by no layer"
         if reason is None:
             kind = type(source.skeleton.get_submodule(module)).__name__
             reason = f"belongs to {kind}, which is no plain linear layer"
@@ -268,12 +376,12 @@ def _renamed(source: Source, origins: dict[str, Origin]) -> dict[str, str]:
     return renamed
 
 
-def _stages(source: Source, origins: dict[str, Origin]) -> tuple[Stage, ...]:
+def _stages(source: Source, names: Names, findings: Findings) -> tuple[Stage, ...]:
     """All keys: those outside of the blocks first, then block by block."""
-    blocks, count = decoder_blocks(source.skeleton)
+    blocks = findings.blocks
     members: dict[str, list[str]] = {"outside the blocks": []}
-    members |= {f"{blocks}.{number}": [] for number in range(count)}
-    for key, origin in origins.items():
+    members |= {f"{blocks}.{number}": [] for number in range(findings.count)}
+    for key, origin in names.origins.items():
         name = origin.parameter or ""
         number = name.removeprefix(f"{blocks}.").split(".")[0] if name.startswith(f"{blocks}.") else ""
         members.get(f"{blocks}.{number}", members["outside the blocks"]).append(key)

@@ -57,3 +57,21 @@ def _write_line(label: str, done: int, total: int | None, unit: str, elapsed: fl
     else:
         line += f", {tqdm.format_interval(elapsed)}"
     print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+class Steps:
+    """Progress of work that isn't a loop: a context in which `advance` says that one more of `total` is done."""
+
+    def __init__(self, label: str, total: int, unit: str, disable: bool = False) -> None:
+        self._shown = track(range(total), label, total, unit, disable)
+
+    def __enter__(self) -> "Steps":
+        next(self._shown, None)
+        return self
+
+    def advance(self) -> None:
+        """Say that one more is done."""
+        next(self._shown, None)
+
+    def __exit__(self, *exception: object) -> None:
+        self._shown.close()  # type: ignore[attr-defined]

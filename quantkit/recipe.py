@@ -26,7 +26,7 @@ class Step:
     """A method's name with a value for every parameter (defaults filled in).
 
     Raises:
-        RecipeError: the method, a parameter or a value is unknown.
+        RecipeError: the method, a parameter or a value is unknown, or the values contradict one another.
     """
 
     name: str
@@ -44,10 +44,15 @@ class Step:
             if key not in known:
                 expected = ", ".join(known) or "none"
                 raise RecipeError(f"step {self.name!r} has no parameter {key!r}; it takes: {expected}")
-            if value not in known[key].choices:
-                choices = "|".join(known[key].choices)
-                raise RecipeError(f"{key}={value!r} is not a value for step {self.name!r}; use {key}={choices}")
+            if not known[key].takes(value):
+                raise RecipeError(
+                    f"{key}={value!r} is not a value for step {self.name!r}; use {key}={known[key].values}"
+                )
             values[key] = value
+        try:
+            method().scheme(values)
+        except RecipeError as error:
+            raise RecipeError(f"step {self.name!r}: {error}") from error
         object.__setattr__(self, "parameters", values)
 
     @classmethod
@@ -96,6 +101,16 @@ class Recipe:
             raise RecipeError(
                 f"the steps {' and '.join(quantizers)} would quantize the same layers; keep one quantizer in a recipe"
             )
+        transforms = [step.name for step in self.transforms]
+        late = next((step.name for step in self.steps[len(transforms) :] if step.name in transforms), None)
+        if late is not None:
+            raise RecipeError(
+                f"the step {late} comes after {quantizers[0]}, when there is nothing in float left to work on; "
+                f"write -m {late} before -m {quantizers[0]}"
+            )
+        again = next((name for name in transforms if transforms.count(name) > 1), None)
+        if again is not None:
+            raise RecipeError(f"the step {again} is given {transforms.count(again)} times; give it once")
         for pattern in (*self.include, *self.ignore):
             check_pattern(pattern)
 
@@ -106,9 +121,14 @@ class Recipe:
         return next((scheme for scheme in schemes if scheme is not None), None)
 
     @property
+    def transforms(self) -> tuple[Step, ...]:
+        """The steps that rewrite float weights, in their order: all but the quantizer."""
+        return tuple(step for step in self.steps if not method_class(step.name).quantizes)
+
+    @property
     def observes(self) -> bool:
         """Whether a step needs calibration data."""
-        return any(method_class(step.name).observes for step in self.steps)
+        return any(method_class(step.name)().observes(step.parameters) for step in self.steps)
 
     @classmethod
     def of(

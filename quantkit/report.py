@@ -1,6 +1,7 @@
 """The report: what happened to every layer and what it cost, as text, JSON and a model card."""
 
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import Source
+from quantkit.outcome import GroupReport, LayerReport, Outcome
 from quantkit.planning import LeftAlone, PatternMatch, Plan
 from quantkit.recipe import Recipe
 from quantkit.shards import write_json
@@ -15,25 +17,6 @@ from quantkit.version import __version__
 
 REPORT_FILE = "quantkit_report.json"
 PACKAGES = ("torch", "transformers", "safetensors")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One quantized linear layer.
-
-    Attributes:
-        module: its name.
-        scheme: its scheme, in words.
-        shape: N and K.
-        bits_per_weight: stored bits, scales included, over weights.
-        weight_error: Frobenius norm of what was lost over that of the float weight.
-    """
-
-    module: str
-    scheme: str
-    shape: tuple[int, int]
-    bits_per_weight: float
-    weight_error: float
 
 
 @dataclass
@@ -54,6 +37,7 @@ class Report:
         verified: how many tensors and layers were read back from disk and found right.
         seconds: wall-clock time, evaluation aside.
         peak_memory_bytes: the process's peak memory (VmHWM), or None where it can't be read.
+        groups: what became of every smoothing group, if the recipe smooths.
         evaluation: what `quantkit eval` found, if asked.
         notes: what else a reader should know.
     """
@@ -71,6 +55,7 @@ class Report:
     verified: dict[str, int]
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
+    groups: list[GroupReport] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -80,9 +65,8 @@ class Report:
         cls,
         source: Source,
         recipe: Recipe,
-        format_name: str,
         plan: Plan,
-        layers: Sequence[LayerReport],
+        done: Outcome,
         nbytes: int,
         verified: dict[str, int],
     ) -> "Report":
@@ -92,8 +76,8 @@ class Report:
         return cls(
             source.name,
             recipe.to_dict(),
-            format_name,
-            list(layers),
+            "float" if plan.layout is None else plan.layout.NAME,
+            list(done.layers),
             list(plan.left),
             list(plan.unused),
             dict(plan.renamed),
@@ -101,37 +85,46 @@ class Report:
             source.weights.nbytes,
             nbytes,
             verified,
-            notes=list(plan.notes),
+            groups=list(done.groups),
+            notes=[*plan.notes, *done.notes],
             versions=versions,
         )
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits over weights, of all quantized layers together."""
-        weights = [layer.shape[0] * layer.shape[1] for layer in self.layers]
-        bits = sum(layer.bits_per_weight * count for layer, count in zip(self.layers, weights, strict=True))
+        weights = [layer.shape[0] * layer.shape[1] for layer in self.layers] or [1]
+        bits = sum(layer.bits_per_weight * count for layer, count in zip(self.layers, weights, strict=False))
         return bits / sum(weights)
 
     @property
-    def worst(self) -> LayerReport:
-        """The layer whose weight lost most."""
-        return max(self.layers, key=lambda layer: layer.weight_error)
+    def worst(self) -> LayerReport | None:
+        """The layer whose weight lost most; None when nothing is quantized."""
+        return max(self.layers, key=lambda layer: layer.weight_error, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return {**asdict(self), "bits_per_weight": self.bits_per_weight}
+
+    def _quantized_lines(self) -> list[str]:
+        if self.worst is None:
+            return ["  quantized  nothing: all weights stay in float"]
+        return [
+            f"  quantized  {len(self.layers)} linear layers, {self.bits_per_weight:.2f} bits per weight",
+            f"  worst      {self.worst.module}: weight error {self.worst.weight_error:.2%}",
+        ]
 
     def to_text(self) -> str:
         """The report on one screen."""
         ratio = self.bytes_before / self.bytes_after
         lines = [
             f"{self.model}: {', '.join(self.recipe['steps'])}, as {self.format}",
-            f"  quantized  {len(self.layers)} linear layers, {self.bits_per_weight:.2f} bits per weight",
+            *self._quantized_lines(),
             f"  size       {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors ({ratio:.2f}x smaller)",
-            f"  worst      {self.worst.module}: weight error {self.worst.weight_error:.2%}",
             f"  verified   {self.verified['tensors']} tensors read back from disk",
             f"  cost       {self.seconds:.1f} s, {_megabytes(self.peak_memory_bytes)} peak memory",
         ]
+        lines += group_lines(self.groups)
         lines += [f"  --{match.kind} {match.pattern}: {match.matched} linear layers" for match in self.patterns]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  written as {new}, its tie: {old}" for old, new in self.renamed.items()]
@@ -142,6 +135,19 @@ class Report:
         if self.evaluation is not None:
             lines.append("  " + evaluation_line(self.evaluation))
         return "\n".join(lines)
+
+
+def group_lines(groups: Sequence[GroupReport]) -> list[str]:
+    """A few lines on smoothing groups: how many were folded, and every kind of reason why others weren't."""
+    if not groups:
+        return []
+    states = Counter(group.state for group in groups)
+    lines = ["  smoothing  " + ", ".join(f"{count} groups {state}" for state, count in states.items())]
+    reasons: dict[str, list[str]] = {}
+    for group in groups:
+        if group.state != "folded":
+            reasons.setdefault(f"{group.state}: {group.reason}", []).append(f"{group.block}.{group.producer}")
+    return lines + [f"  not folded {_shortened(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def evaluation_line(result: dict[str, Any]) -> str:
@@ -201,8 +207,9 @@ def model_card(report: Report, source: Source) -> str:
         f"| quantized linear layers | {len(report.layers)} |",
         f"| bits per quantized weight | {report.bits_per_weight:.2f} |",
         f"| bytes of tensors | {report.bytes_before:,} before, {report.bytes_after:,} after |",
-        f"| largest weight error | {report.worst.weight_error:.2%} ({report.worst.module}) |",
     ]
+    if report.worst is not None:
+        body.append(f"| largest weight error | {report.worst.weight_error:.2%} ({report.worst.module}) |")
     if report.evaluation is not None:
         line = evaluation_line(report.evaluation).removeprefix("evaluation ")
         body += ["", line[0].upper() + line[1:] + "."]  # capitalize() would change the data set's name

@@ -1,5 +1,6 @@
 """Scheme: what the numbers of one linear layer look like. It needs no torch."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,6 +8,11 @@ from quantkit.errors import RecipeError
 
 WEIGHT_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 WEIGHT_RANGES = ("absmax", "mse")
+WEIGHT_GRANULARITIES = ("row", "tensor", "block")
+ACTIVATIONS = ("token", "tensor", "tensor-static", "group")
+ACTIVATION_RANGES = ("absmax", "percentile", "mse")
+BLOCK = 128
+"""Rows and columns of a weight's block that share a scale, and the activations of one token that do."""
 
 
 @dataclass(frozen=True)
@@ -15,36 +21,89 @@ class Scheme:
 
     Attributes:
         weight_dtype: torch's name of the stored codes: `int8`, `float8_e4m3fn` or `float8_e5m2`.
-        group_size: None for one scale a row (scale [N, 1]), else one for each run of this many weights along K
+        group_size: None for the scales of `weight_granularity`, else one for each run of this many weights along K
             (scale [N, K / group_size]).
-        activation_dtype: None when only weights are quantized, else the dtype that activations are quantized to, one
-            scale a token, found anew at each call (dynamic).
+        activation_dtype: None when only weights are quantized, else the dtype that activations are quantized to.
         weight_range: how the range of a row is chosen: `absmax`, or `mse` (least squared error). It changes the
             scales, not the layout.
+        weight_granularity: `row` (scale [N, 1]), `tensor` (scale [1]), or `block` (one for each 128 x 128 weights,
+            scale [ceil(N / 128), ceil(K / 128)]).
+        activation: what shares a scale among activations: a `token`, or a `group` of 128 features of one token, or the
+            whole `tensor`, all found anew at each call (dynamic); or `tensor-static`, one stored number.
+        activation_range: how that stored number was chosen in calibration; like `weight_range` no matter of layout.
+        threshold: None, or where LLM.int8 begins: features in which any token reaches it stay in float.
     """
 
     weight_dtype: str
     group_size: int | None = None
     activation_dtype: str | None = None
     weight_range: str = "absmax"
+    weight_granularity: str = "row"
+    activation: str = "token"
+    activation_range: str = "absmax"
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.weight_dtype not in WEIGHT_DTYPES:
-            raise RecipeError(f"weight dtype {self.weight_dtype!r} is unknown; use one of {', '.join(WEIGHT_DTYPES)}")
+        self._check_words()
+        self._check_weights()
+        self._check_activations()
+        self._check_threshold()
+
+    def _check_words(self) -> None:
+        for what, value, known in (
+            ("weight dtype", self.weight_dtype, WEIGHT_DTYPES),
+            ("weight range", self.weight_range, WEIGHT_RANGES),
+            ("weight granularity", self.weight_granularity, WEIGHT_GRANULARITIES),
+            ("activation granularity", self.activation, ACTIVATIONS),
+            ("activation range", self.activation_range, ACTIVATION_RANGES),
+        ):
+            if value not in known:
+                raise RecipeError(f"{what} {value!r} is unknown; use one of {', '.join(known)}")
+
+    def _check_weights(self) -> None:
+        size = self.group_size
+        is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        if size is not None and (not is_count or self.activation_dtype is not None or self.weight_granularity != "row"):
+            raise RecipeError(
+                f"group size {size!r} needs to be a positive whole number, with weights by row and activations in "
+                "float; leave it out for one scale a row"
+            )
+
+    def _check_activations(self) -> None:
         if self.activation_dtype not in (None, self.weight_dtype):
             raise RecipeError(
                 f"activations in {self.activation_dtype} cannot meet weights in {self.weight_dtype}: give both the "
                 "same dtype, or quantize weights only"
             )
-        size = self.group_size
-        is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        if size is not None and (not is_count or self.activation_dtype is not None):
+        if self.activation_dtype is None and self.activation != "token":
             raise RecipeError(
-                f"group size {size!r} needs to be a positive whole number, and activations in float; "
-                "leave it out for one scale a row"
+                f"activations by {self.activation} are never used where only weights are quantized; give an "
+                "activation dtype, or leave it out"
             )
-        if self.weight_range not in WEIGHT_RANGES:
-            raise RecipeError(f"weight range {self.weight_range!r} is unknown; use one of {', '.join(WEIGHT_RANGES)}")
+        blocks = (self.weight_granularity == "block", self.activation == "group")
+        if any(blocks) and not (all(blocks) and self.activation_dtype not in (None, "int8")):
+            raise RecipeError(
+                f"{self.weight_dtype} weights by {self.weight_granularity} with activations by {self.activation} are "
+                "no scheme: blocks of weights go with groups of activations, both in fp8"
+            )
+        if self.activation_range != "absmax" and not self.is_static:
+            raise RecipeError(
+                f"activation_range={self.activation_range} chooses a stored scale, and here activations are never "
+                "given one; leave it out, or ask for static activations (w8a8:activation=tensor-static or "
+                "fp8:scheme=static)"
+            )
+
+    def _check_threshold(self) -> None:
+        value = self.threshold
+        if value is None:
+            return
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        row = self.weight_granularity == "row"
+        if not number or self.activation_dtype != "int8" or self.activation != "token" or not row:
+            raise RecipeError(
+                f"threshold {value!r} needs to be a positive number, with int8 weights by row and int8 activations "
+                "by token"
+            )
 
     @property
     def bits(self) -> int:
@@ -52,11 +111,19 @@ class Scheme:
         return 8
 
     @property
+    def is_static(self) -> bool:
+        """Whether a scale of the activations is stored, so that calibration must find it."""
+        return self.activation_dtype is not None and self.activation == "tensor-static"
+
+    @property
     def label(self) -> str:
         """A short name for tables, such as `int8 g128` or `float8_e4m3fn, activations per token`."""
         group = "" if self.group_size is None else f" g{self.group_size}"
-        activation = "" if self.activation_dtype is None else ", activations per token"
-        return f"{self.weight_dtype}{group}{activation}"
+        group += "" if self.weight_granularity == "row" else f" per {self.weight_granularity}"
+        if self.activation_dtype is None:
+            return f"{self.weight_dtype}{group}"
+        outliers = "" if self.threshold is None else f", outliers from {self.threshold:g} in float"
+        return f"{self.weight_dtype}{group}, activations per {self.activation}{outliers}"
 
     def to_dict(self) -> dict[str, Any]:
         """The scheme as plain JSON values; `Scheme(**d)` gives it back."""

@@ -8,14 +8,14 @@ import torch
 
 from quantkit.checkpoint import read_config
 from quantkit.errors import CheckpointError
-from quantkit.planning import Plan, Target
+from quantkit.planning import Plan, Target, tensor_specs
 from quantkit.progress import track
 from quantkit.shards import ShardReader, checksum
 
+SCALES = ("weight_scale", "input_scale", "SCB")
 
-def verify(
-    folder: Path, plan: Plan, layout: ModuleType, checksums: Mapping[str, str], *, progress: bool = True
-) -> dict[str, int]:
+
+def verify(folder: Path, plan: Plan, checksums: Mapping[str, str], *, progress: bool = True) -> dict[str, int]:
     """How many tensors and schemes were read back and found as they were meant.
 
     Every tensor is read from disk: its name, shape, dtype and bytes must be those written; every quantized layer's
@@ -34,9 +34,12 @@ def verify(
             raise CheckpointError(
                 f"read back from {folder}, tensor {name!r} differs from what was written; check the disk"
             )
-    parsed = layout.parse(read_config(folder)["quantization_config"])
+    counts = {"tensors": len(checksums), "quantized": len(plan.targets), "left": len(plan.linears_left)}
+    if plan.layout is None:
+        return counts
+    parsed = plan.layout.parse(read_config(folder)["quantization_config"])
     for target in plan.targets.values():
-        _verify_layer(reader, target, layout)
+        _verify_layer(reader, target, plan.layout)
         found = parsed.scheme_of(target.module)
         same = found is not None and found.label == target.scheme.label
         if not same:
@@ -44,18 +47,16 @@ def verify(
     for module in plan.linears_left:
         if parsed.scheme_of(module) is not None:
             raise CheckpointError(f"the config in {folder} gives {module} a scheme, and it was left in float")
-    return {"tensors": len(checksums), "quantized": len(plan.targets), "left": len(plan.linears_left)}
+    return counts
 
 
 def _verify_layer(reader: ShardReader, target: Target, layout: ModuleType) -> None:
     """Raise CheckpointError when a layer's tensors aren't what its format demands."""
-    specs = layout.tensor_specs(target.scheme, target.out_features, target.in_features, target.dtype)
-    for name, spec in specs.items():
-        info = reader.tensors.get(target.prefix + name)
+    for name, spec in tensor_specs(target, layout).items():
+        info = reader.tensors.get(name)
         if info is None or info.shape != spec.shape or info.dtype != spec.dtype:
-            raise CheckpointError(
-                f"tensor {target.prefix + name!r} has not the shape and dtype that {layout.NAME} demands"
-            )
-    scale = reader.get(f"{target.prefix}weight_scale").float()
-    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
-        raise CheckpointError(f"a scale of {target.module} is not a positive finite number")
+            raise CheckpointError(f"tensor {name!r} has not the shape and dtype that {layout.NAME} demands")
+        if name.rpartition(".")[2] in SCALES:
+            scale = reader.get(name).float()
+            if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+                raise CheckpointError(f"a scale of {target.module} is not a positive finite number")

@@ -20,7 +20,7 @@ TRITON_KERNELS: dict[str, frozenset[torch.dtype]] = {
 }
 """For each op the quantized dtypes that a Triton kernel exists for. linear_dynamic uses scaled_mm's."""
 
-CPU_PATHS = frozenset({"scaled_mm", "linear_dynamic"})
+CPU_PATHS = frozenset({"scaled_mm", "linear_dynamic", "linear_tensor", "linear_llm_int8"})
 """Ops with an implementation of their own for the CPU; the others run the generic torch one there."""
 
 

@@ -1,4 +1,4 @@
-"""Ground truth of the number formats: quantize, dequantize, pack and unpack, in plain torch.
+"""Ground truth of the number formats: quantize and dequantize in plain torch (`packing` packs codes into words).
 
 Every kernel of the package is judged against these functions, and files are written with them. Symmetric
 throughout: a stored code times its scale is the value, there is no zero point. M tokens, K in features, N out
@@ -8,10 +8,31 @@ A float operation on a dtype with p significant bits rounds with a relative erro
 (float32 2**-24, float16 2**-11, bfloat16 2**-8); the bounds below are written with it.
 """
 
-import sys
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from quantkit_kernels.packing import pack_int32, packed_words, unpack_int32
+
+__all__ = [
+    "BLOCK",
+    "FLOAT_DTYPES",
+    "GRANULARITIES",
+    "QMAX",
+    "WEIGHT_RANGES",
+    "decode",
+    "dequantize",
+    "dequantize_weight",
+    "pack_int32",
+    "packed_words",
+    "quantize_per_group",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "quantize_weight",
+    "unpack_int32",
+]
 
 QMAX: dict[torch.dtype, float] = {
     torch.int8: 127.0,
@@ -25,6 +46,12 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 WEIGHT_RANGES = ("absmax", "mse")
 
+GRANULARITIES = ("row", "tensor", "block")
+"""What shares a scale in a weight [N, K]: a row or a group of it, all of it, or a block of BLOCK by BLOCK."""
+
+BLOCK = 128
+"""Rows and columns of a weight's block, and in features of a token's group."""
+
 _CHUNK_ELEMENTS = 1 << 20
 """Weights are quantized this many elements at a time, so that temporaries stay small and in cache."""
 
@@ -34,48 +61,56 @@ def quantize_weight(
     dtype: torch.dtype,
     group_size: int | None = None,
     weight_range: str = "absmax",
+    granularity: str = "row",
+    scale_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes [..., N, K] in `dtype` and their scales [..., N, G] in the weight's dtype.
+    """Return the codes [..., N, K] in `dtype`, contiguous, and their scales in `scale_dtype` (the weight's dtype).
 
-    The scale is absmax / qmax, computed in float32 and rounded to the weight's dtype; codes are weight /
-    scale with that rounded scale, divided in float32, rounded half to even and clamped to +-qmax (fp8:
-    clamped, then rounded to the nearest even code). A row or group of zeros has scale 1 and codes 0. A scale
-    below the smallest normal number of the weight's dtype is raised to it, which costs int8 levels in float16
-    rows whose largest weight is below 0.0078.
+    Scales: "row" [..., N, G]; "tensor" [1]; "block" [ceil(N / 128), ceil(K / 128)], one for each 128 by 128
+    weights, what is left over at the ends being smaller blocks.
+
+    The scale is absmax / qmax of what shares it, computed in float32 and rounded to the weight's dtype; codes
+    are weight / scale with that rounded scale, divided in float32, rounded half to even and clamped to +-qmax
+    (fp8: clamped, then rounded to the nearest even code). Where all is zero the scale is 1 and codes are 0. A
+    scale below the smallest normal number of the weight's dtype is raised to it, which costs int8 levels in
+    float16 rows whose largest weight is below 0.0078.
 
     Error, int8 with "absmax": |weight - code * scale| <= scale / 2 * (1 + 2**-16), because a scale rounded
     down by u leaves |weight| / scale <= 127 / (1 - 2**-8) < 127.5; `dequantize` adds one rounding of the
     product.
 
+    Beyond codes and scales it takes memory for a few million elements only, whatever the weight's size and
+    strides.
+
     Args:
-        weight: [..., N, K], float32, bfloat16 or float16, all finite.
+        weight: [..., N, K] ("tensor" and "block": [N, K]), float32, bfloat16 or float16, all finite; any
+            strides.
         dtype: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2.
         group_size: neighbours along K that share a scale; None makes one scale an out feature (G = 1).
         weight_range: "absmax", or "mse": of a grid of ranges around absmax the one with the least squared
-            error of the dequantized row or group; never worse than absmax (Nagel et al. 2021,
+            error of what the scale is for, dequantized; never worse than absmax (Nagel et al. 2021,
             arXiv:2106.08295, section 3.1).
+        granularity: "row", "tensor" or "block".
+        scale_dtype: float32, bfloat16 or float16: what the scale is rounded to before codes are made with it; by
+            default the weight's dtype.
 
     Raises:
-        ValueError: a dtype, group size or range that is not offered, or a weight with NaN or infinity.
+        ValueError: a dtype, group size, range or granularity that is not offered, or a weight with NaN or
+            infinity.
     """
-    _check_weight(weight, dtype, weight_range)
-    *lead, in_features = weight.shape
-    length = in_features if group_size is None else group_size
-    if group_size is not None and (group_size < 1 or in_features % group_size):
-        raise ValueError(f"group_size {group_size} does not divide the {in_features} in features")
-    groups = 1 if group_size is None else in_features // group_size
-    rows = weight.reshape(weight.numel() // max(length, 1), length)
-    codes = torch.empty(rows.shape, dtype=dtype, device=weight.device)
-    scale = torch.ones((*lead, groups), dtype=weight.dtype, device=weight.device)
-    flat_scale = scale.view(-1, 1)
-    step = max(1, _CHUNK_ELEMENTS // max(length, 1))
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
-        flat_scale[part] = _absmax_scale(rows[part], dtype)
-        if weight_range == "mse":
-            flat_scale[part] = _mse_scale(rows[part], flat_scale[part], dtype)
-        codes[part] = _encode(rows[part].float(), flat_scale[part].float(), dtype)
-    return codes.view(weight.shape), scale
+    _check_weight(weight, dtype, group_size, weight_range, granularity)
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    shape = _scale_shape(weight, group_size, granularity)
+    scale = torch.ones(shape, dtype=scale_dtype or weight.dtype, device=weight.device)
+    if weight.numel() == 0:
+        return codes, scale
+    if granularity == "tensor":
+        _quantize_tensor(weight, codes, scale, weight_range)
+    elif granularity == "block":
+        _quantize_blocks(weight, codes, scale, weight_range)
+    else:
+        _quantize_rows(weight, codes, scale, weight_range)
+    return codes, scale
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
@@ -99,6 +134,37 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(f"{groups} scales a row do not divide the {in_features} in features")
     grouped = q.reshape(*q.shape[:-1], groups, in_features // groups)
     return (decode(grouped, scale.dtype) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def dequantize_weight(q: Tensor, scale: Tensor, granularity: str = "row") -> Tensor:
+    """Return the weight [..., N, K] in the scale's dtype: each code times its scale, rounded once.
+
+    Args:
+        q: [..., N, K] codes, int8 or fp8; [N, K] where granularity is "block".
+        scale: float; [..., N, G] for "row", [1] for "tensor", [ceil(N / 128), ceil(K / 128)] for "block".
+        granularity: "row", "tensor" or "block": what `quantize_weight` was told.
+
+    Raises:
+        ValueError: when the granularity is not offered, or the scale's shape is not the one it makes.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity is {granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+    if granularity == "row":
+        return dequantize(q, scale)
+    expected = (1,) if granularity == "tensor" else tuple(-(-size // BLOCK) for size in q.shape)
+    if tuple(scale.shape) != expected or (granularity == "block" and q.ndim != 2):
+        raise ValueError(
+            f"scale is {list(scale.shape)} for codes {list(q.shape)}: granularity {granularity!r} makes it "
+            f"{list(expected)}"
+        )
+    weight = decode(q, scale.dtype)
+    if granularity == "tensor":
+        return weight.mul_(scale)
+    columns = scale.repeat_interleave(BLOCK, dim=1)[:, : q.shape[1]]  # [ceil(N / 128), K]
+    bands = q.shape[0] // BLOCK
+    weight[: bands * BLOCK].view(bands, BLOCK, q.shape[1]).mul_(columns[:bands].unsqueeze(1))
+    weight[bands * BLOCK :].mul_(columns[bands:])  # no rows and no scales, or what is left over and one row of them
+    return weight
 
 
 def decode(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,113 +203,175 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: for a dtype that is not offered.
     """
-    if dtype not in QMAX:
-        raise ValueError(f"cannot quantize to {dtype}: expected one of {_names(QMAX)}")
+    _check_dtype(dtype)
     values = x.float().contiguous()
     scale = _absmax_scale(values, dtype)
-    return _encode(values, scale, dtype), scale
+    # Divided by its own scale no number exceeds qmax by more than two roundings: it rounds to qmax unclamped.
+    return _round(_divided(values, scale, x), dtype), scale
 
 
-def pack_int32(codes: Tensor, bits: int) -> Tensor:
-    """Return the codes packed densely into int32 words, [..., N, ceil(K * bits / 32)].
+def quantize_per_group(x: Tensor, dtype: torch.dtype, group_size: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Return the codes [M, K] in `dtype` and scales [M, K / group_size] in float32: one a token and group.
 
-    Element k of a row is stored as code + 2**(bits - 1) in the bits k * bits to k * bits + bits - 1 of that
-    row, counted from the lowest bit of its first word; elements may straddle words. The rest of the last word
-    is zero.
-
-    Args:
-        codes: [..., N, K], int8, every code in [-2**(bits - 1), 2**(bits - 1) - 1].
-        bits: 1 to 8.
-
-    Raises:
-        ValueError: for another dtype, number of bits, or a code out of range.
-    """
-    _check_bits(bits)
-    if codes.dtype != torch.int8:
-        raise ValueError(f"codes are {codes.dtype}: expected torch.int8")
-    offset = 1 << (bits - 1)
-    if codes.numel() and (int(codes.min()) < -offset or int(codes.max()) >= offset):
-        raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits")
-    *lead, in_features = codes.shape
-    blocks = -(-in_features // 32)
-    padded = torch.nn.functional.pad(codes, (0, blocks * 32 - in_features), value=-offset)
-    padded = padded.view(*lead, blocks, 32)
-    words = torch.zeros((*lead, blocks, bits), dtype=torch.int32, device=codes.device)
-    for element in range(32):
-        word, low = divmod(element * bits, 32)
-        value = padded[..., element].to(torch.int32) + offset
-        words[..., word] |= value << low
-        if low + bits > 32:
-            words[..., word + 1] |= value >> (32 - low)
-    return words.view(*lead, blocks * bits)[..., : packed_words(in_features, bits)].contiguous()
-
-
-def unpack_int32(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """Return the codes [..., N, in_features] in int8 that `pack_int32` packed.
+    Each group is quantized as `quantize_per_token` quantizes a token.
 
     Args:
-        packed: [..., N, ceil(in_features * bits / 32)], int32.
-        bits: 1 to 8.
-        in_features: K; needed because the last word of a row may be partly empty.
+        x: [M, K], float32, bfloat16 or float16; any strides.
+        dtype: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2.
+        group_size: neighbours along K that share a scale; divides K.
 
     Raises:
-        ValueError: for another dtype, number of bits, or a width that does not belong to `in_features`.
+        ValueError: for a dtype or a group size that is not offered.
     """
-    _check_bits(bits)
-    if packed.dtype != torch.int32 or packed.shape[-1] != packed_words(in_features, bits):
-        raise ValueError(
-            f"packed weight is {packed.dtype} with {packed.shape[-1]} words a row: expected torch.int32 with "
-            f"{packed_words(in_features, bits)} for {in_features} in features of {bits} bits"
-        )
-    if bits in (4, 8) and sys.byteorder == "little":
-        return _unpack_bytes(packed, bits, in_features)
-    *lead, width = packed.shape
-    blocks = -(-in_features // 32)
-    words = torch.nn.functional.pad(packed, (0, blocks * bits - width)).view(*lead, blocks, bits)
-    codes = torch.empty((*lead, blocks, 32), dtype=torch.int8, device=packed.device)
-    for element in range(32):
-        word, low = divmod(element * bits, 32)
-        in_word = min(bits, 32 - low)
-        value = (words[..., word] >> low) & ((1 << in_word) - 1)
-        if in_word < bits:
-            value |= (words[..., word + 1] & ((1 << (bits - in_word)) - 1)) << in_word
-        codes[..., element] = value - (1 << (bits - 1))
-    return codes.view(*lead, blocks * 32)[..., :in_features].contiguous()
+    tokens, in_features = x.shape
+    _check_group_size(group_size, in_features)
+    groups = in_features // group_size
+    codes, scale = quantize_per_token(x.reshape(tokens * groups, group_size), dtype)
+    return codes.view(tokens, in_features), scale.view(tokens, groups)
 
 
-def packed_words(in_features: int, bits: int) -> int:
-    """Return how many int32 words a row of `in_features` codes takes."""
-    return -(-in_features * bits // 32)
+def quantize_per_tensor(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the codes of x in `dtype`, contiguous, and their one scale, [1] in float32.
+
+    Without a scale it is absmax of all of x / qmax in float32, 1 where x is all zeros (or empty): the error is
+    `quantize_per_token`'s; NaN or infinity in x makes it NaN or infinite. With a scale (static) codes are x /
+    scale and what lies beyond +-qmax saturates, infinity too; NaN, which int8 has no code for, makes the
+    returned scale NaN there, and a NaN code in fp8.
+
+    Args:
+        x: any shape and strides, float32, bfloat16 or float16.
+        dtype: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2.
+        scale: [1], any float dtype, positive; or None.
+
+    Raises:
+        ValueError: for a dtype that is not offered, or a scale of another shape.
+    """
+    _check_dtype(dtype)
+    if scale is not None and (scale.shape != (1,) or not scale.is_floating_point()):
+        raise ValueError(f"scale is {scale.dtype} {list(scale.shape)}: expected float [1]")
+    values = x.float().contiguous()
+    if scale is None:
+        scale = values.new_ones(1) if x.numel() == 0 else _scale_of(_absmax(x).view(1), dtype, torch.float32)
+        return _round(_divided(values, scale, x), dtype), scale
+    scale = scale.float()
+    codes = _encode(values, scale, dtype)
+    if dtype == torch.int8 and x.numel():
+        scale = torch.where(x.amin().isnan(), torch.nan, scale)
+    return codes, scale
 
 
-def _unpack_bytes(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """Return what `unpack_int32` returns, for 8 or 4 bits, where no element straddles a byte."""
-    raw = packed.contiguous().view(torch.uint8)
-    if bits == 8:  # adding 128 modulo 256 is flipping the top bit
-        return (raw[..., :in_features] ^ 0x80).view(torch.int8)
-    nibbles = torch.stack((raw & 0xF, raw >> 4), dim=-1).view(torch.int8)
-    return nibbles.flatten(-2)[..., :in_features] - 8
+def _parts(weight: Tensor) -> Iterator[tuple[int | slice, ...]]:
+    """Yield indices that cut a weight [..., N, K] into matrices of whole rows, a chunk of elements each."""
+    *lead, out_features, in_features = weight.shape
+    step = max(1, _CHUNK_ELEMENTS // max(1, in_features))
+    for index in itertools.product(*map(range, lead)):
+        for start in range(0, out_features, step):
+            yield (*index, slice(start, start + step))
 
 
-def _absmax_scale(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return absmax / qmax of each row, [R, 1] in the rows' dtype: 1 for zeros, never a subnormal."""
+def _quantize_rows(weight: Tensor, codes: Tensor, scale: Tensor, weight_range: str) -> None:
+    """Write codes [..., N, K] and scale [..., N, G] of a weight [..., N, K]."""
+    in_features, groups = weight.shape[-1], scale.shape[-1]
+    for part in _parts(weight):
+        rows = weight[part].reshape(-1, in_features // groups)
+        row_scale = _row_scale(rows, codes.dtype, weight_range, scale.dtype)
+        codes[part] = _encode(rows.float(), row_scale.float(), codes.dtype).view(-1, in_features)
+        scale[part] = row_scale.view(-1, groups)
+
+
+def _quantize_blocks(weight: Tensor, codes: Tensor, scale: Tensor, weight_range: str) -> None:
+    """Write codes [N, K] and scale [ceil(N / 128), ceil(K / 128)] of a weight [N, K]."""
+    out_features, in_features = weight.shape
+    width = max(BLOCK, _CHUNK_ELEMENTS // BLOCK // BLOCK * BLOCK)
+    for row, column in itertools.product(range(0, out_features, BLOCK), range(0, in_features, width)):
+        part = (slice(row, row + BLOCK), slice(column, column + width))
+        chunk = weight[part]
+        height, length = chunk.shape
+        blocks = -(-length // BLOCK)
+        padded = torch.nn.functional.pad(chunk, (0, blocks * BLOCK - length))  # zeros: no range grows, no error
+        rows = padded.reshape(height, blocks, BLOCK).transpose(0, 1).reshape(blocks, height * BLOCK)
+        block_scale = _row_scale(rows, codes.dtype, weight_range, scale.dtype)
+        encoded = _encode(rows.float(), block_scale.float(), codes.dtype).view(blocks, height, BLOCK)
+        codes[part] = encoded.transpose(0, 1).reshape(height, blocks * BLOCK)[:, :length]
+        scale[row // BLOCK, column // BLOCK : column // BLOCK + blocks] = block_scale.view(-1)
+
+
+def _quantize_tensor(weight: Tensor, codes: Tensor, scale: Tensor, weight_range: str) -> None:
+    """Write codes [N, K] and scale [1] of a weight [N, K]."""
+    scale.copy_(_scale_of(_weight_absmax(weight).view(1), codes.dtype, scale.dtype))
+    if weight_range == "mse":
+        candidates = [scale.view(1, 1), *_mse_candidates(scale.view(1, 1), codes.dtype)]
+        errors = torch.zeros(len(candidates), dtype=torch.float64, device=weight.device)
+        for part in _parts(weight):
+            rows = weight[part].reshape(1, -1).float()
+            errors += torch.cat([_squared_error(rows, each, codes.dtype).view(1) for each in candidates])
+        found = errors.tolist()
+        scale.copy_(candidates[found.index(min(found))].view(1))  # absmax comes first, so it wins a tie
+    for part in _parts(weight):
+        codes[part] = _encode(weight[part].float(), scale.float(), codes.dtype)
+
+
+def _scale_shape(weight: Tensor, group_size: int | None, granularity: str) -> tuple[int, ...]:
+    """Return the shape of the scales that `quantize_weight` makes."""
+    *lead, in_features = weight.shape
+    if granularity == "tensor":
+        return (1,)
+    if granularity == "block":
+        return tuple(-(-size // BLOCK) for size in weight.shape)
+    return (*lead, 1 if group_size is None else in_features // group_size)
+
+
+def _row_scale(rows: Tensor, dtype: torch.dtype, weight_range: str, scale_dtype: torch.dtype) -> Tensor:
+    """Return the scale of each row, [R, 1] in `scale_dtype`, of rows [R, L]."""
+    scale = _absmax_scale(rows, dtype, scale_dtype)
+    return _mse_scale(rows, scale, dtype) if weight_range == "mse" else scale
+
+
+def _absmax_scale(rows: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype | None = None) -> Tensor:
+    """Return absmax / qmax of each row, [R, 1] in `scale_dtype` (the rows'): 1 for zeros, never a subnormal."""
     if rows.shape[1] == 0:
-        return rows.new_ones((rows.shape[0], 1))
-    absmax = rows.abs().amax(dim=1, keepdim=True).float()
-    scale = (absmax / QMAX[dtype]).to(rows.dtype).clamp(min=torch.finfo(rows.dtype).tiny)
-    return torch.where(absmax == 0, torch.ones_like(scale), scale)
+        return rows.new_ones((rows.shape[0], 1), dtype=scale_dtype)
+    return _scale_of(rows.abs().amax(dim=1, keepdim=True), dtype, scale_dtype or rows.dtype)
+
+
+def _absmax(tensor: Tensor) -> Tensor:
+    """Return the largest absolute value of all of the tensor; NaN where it holds one."""
+    low, high = torch.aminmax(tensor)  # takes no memory where the tensor is contiguous, and a copy elsewhere
+    return torch.maximum(-low, high)
+
+
+def _weight_absmax(weight: Tensor) -> Tensor:
+    """Return the largest absolute value of a weight [..., N, K], taken by parts; NaN where it holds one."""
+    largest = weight.new_zeros(())
+    for part in _parts(weight):
+        torch.maximum(largest, _absmax(weight[part]), out=largest)  # nothing that stays, between parts in memory
+    return largest
+
+
+def _scale_of(absmax: Tensor, dtype: torch.dtype, float_dtype: torch.dtype) -> Tensor:
+    """Return absmax / qmax, divided in float32, in `float_dtype`: 1 for zeros, never a subnormal."""
+    scale = (absmax.float() / QMAX[dtype]).to(float_dtype).clamp_(min=torch.finfo(float_dtype).tiny)
+    return scale.masked_fill_(absmax == 0, 1.0)
+
+
+def _divided(values: Tensor, scale: Tensor, source: Tensor) -> Tensor:
+    """Return values / scale, in place where `values` is a copy of `source` and not itself."""
+    is_copy = source.dtype != values.dtype or not source.is_contiguous()
+    return values.div_(scale) if is_copy else values / scale
+
+
+def _round(quotients: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the codes nearest to float32 quotients, which lie within +-qmax or round to it; overwrites them."""
+    return quotients.round_().to(dtype) if dtype == torch.int8 else quotients.to(dtype)
 
 
 def _encode(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the codes [R, L] of float32 rows [R, L] for float32 scales [R, 1]."""
-    qmax = QMAX[dtype]
-    if dtype == torch.int8:
-        return (rows / scale).round_().clamp_(-qmax, qmax).to(dtype)
-    return (rows / scale).clamp_(-qmax, qmax).to(dtype)
+    """Return the codes of float32 values for float32 scales that fit their shape: saturated at +-qmax."""
+    return _round((rows / scale).clamp_(-QMAX[dtype], QMAX[dtype]), dtype)
 
 
-def _mse_scale(rows: Tensor, absmax_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the scales [R, 1] of least squared error among absmax_scale times a grid of factors.
+def _mse_candidates(absmax_scale: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the scales that "mse" tries beside absmax_scale, one for each factor of a grid.
 
     Int8 gains by shrinking the range below outliers. An fp8 code has the same relative precision at every
     power of two, so a factor matters only by where the row's values fall between neighbouring codes: one
@@ -253,16 +381,21 @@ def _mse_scale(rows: Tensor, absmax_scale: Tensor, dtype: torch.dtype) -> Tensor
         factors = torch.linspace(0.4, 1.0, 61).tolist()[:-1]
     else:
         factors = torch.logspace(-0.5, 0.5, 49, base=2.0).tolist()
+    tiny = torch.finfo(absmax_scale.dtype).tiny
+    for factor in factors:
+        yield (absmax_scale.float() * factor).to(absmax_scale.dtype).clamp(min=tiny)
+
+
+def _mse_scale(rows: Tensor, absmax_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the scales [R, 1] of least squared error among absmax_scale [R, 1] and its candidates."""
     values = rows.float()
     best_scale = absmax_scale.clone()
     best_error = _squared_error(values, best_scale, dtype)
-    tiny = torch.finfo(rows.dtype).tiny
-    for factor in factors:
-        scale = (absmax_scale.float() * factor).to(rows.dtype).clamp(min=tiny)
+    for scale in _mse_candidates(absmax_scale, dtype):
         error = _squared_error(values, scale, dtype)
         better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_error = torch.where(better, error, best_error)
+        best_scale.copy_(torch.where(better, scale, best_scale))  # in place: what stays must not scatter in memory
+        best_error.copy_(torch.where(better, error, best_error))
     return best_scale
 
 
@@ -272,25 +405,40 @@ def _squared_error(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return difference.square_().sum(dim=1, keepdim=True, dtype=torch.float64)
 
 
-def _check_weight(weight: Tensor, dtype: torch.dtype, weight_range: str) -> None:
+def _check_weight(
+    weight: Tensor, dtype: torch.dtype, group_size: int | None, weight_range: str, granularity: str
+) -> None:
     """Raise ValueError where `quantize_weight` cannot do what was asked."""
     if weight.ndim < 2 or weight.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"weight is {weight.dtype} with {weight.ndim} dimensions: expected [..., N, K] in one of "
             f"{_names(FLOAT_DTYPES)}"
         )
-    if dtype not in QMAX:
-        raise ValueError(f"cannot quantize to {dtype}: expected one of {_names(QMAX)}")
+    _check_dtype(dtype)
     if weight_range not in WEIGHT_RANGES:
         raise ValueError(f"weight_range is {weight_range!r}: expected one of {', '.join(WEIGHT_RANGES)}")
-    if weight.numel() and not bool(torch.isfinite(weight).all()):
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity is {granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+    if group_size is not None:
+        if granularity != "row":
+            raise ValueError(f"group_size {group_size} with granularity {granularity!r}: groups are parts of a row")
+        _check_group_size(group_size, weight.shape[-1])
+    if granularity != "row" and weight.ndim != 2:
+        raise ValueError(f"weight is {list(weight.shape)}: granularity {granularity!r} expects [N, K]")
+    if weight.numel() and not bool(torch.isfinite(_weight_absmax(weight))):
         raise ValueError("the weight holds NaN or infinity: it cannot be quantized")
 
 
-def _check_bits(bits: int) -> None:
-    """Raise ValueError unless bits is 1 to 8."""
-    if not 1 <= bits <= 8:
-        raise ValueError(f"{bits} bits: expected 1 to 8")
+def _check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError unless codes can have this dtype."""
+    if dtype not in QMAX:
+        raise ValueError(f"cannot quantize to {dtype}: expected one of {_names(QMAX)}")
+
+
+def _check_group_size(group_size: int, in_features: int) -> None:
+    """Raise ValueError unless a row divides into such groups."""
+    if group_size < 1 or in_features % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the {in_features} in features")
 
 
 def _names(dtypes: dict[torch.dtype, float] | tuple[torch.dtype, ...]) -> str:

@@ -5,14 +5,19 @@ device without one of its own, and the home of what the fast ways share: the int
 everywhere and the one epilogue. M tokens, K in features, N out features.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from quantkit_kernels import formats
 
+ScaledProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+"""What `scaled_mm` is: (a, b, a_scale, b_scale, bias, out_dtype) -> [M, N]."""
+
 EXACT_CHUNK = 1024
 """Products of int8 codes are at most 2**14 in size: a float32 sum of 2**10 of them is at most 2**24, exact."""
-
 
 INT8_MAX_K = (2**31 - 1) // 2**14
 """Longest row whose int8 product cannot overflow int32, whatever the codes: 131071."""
@@ -37,13 +42,13 @@ def epilogue(acc: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None,
     `out_dtype`.
 
     Args:
-        acc: [M, N], int32 or float32.
-        a_scale: [M, 1], float32.
-        b_scale: [N, 1], float.
+        acc: [M, N], int32 or float32; float32 is overwritten.
+        a_scale: float32; [M, 1], or [1] for all tokens.
+        b_scale: float; [N, 1], or [1] for all out features.
         bias: [N], float, or None.
         out_dtype: dtype of the result.
     """
-    out = acc.to(torch.float32) * a_scale.to(torch.float32)
+    out = acc.to(torch.float32).mul_(a_scale.to(torch.float32))
     out *= b_scale.to(torch.float32).view(1, -1)
     if bias is not None:
         out += bias.to(torch.float32)
@@ -74,3 +79,68 @@ def linear_weight_only_packed(
     """Return `linear_weight_only` of the unpacked weight, [..., N] in x's dtype."""
     weight = formats.unpack_int32(weight_packed, bits, x.shape[-1])
     return linear_weight_only(x, weight, weight_scale, bias)
+
+
+def linear_dynamic(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, product: ScaledProduct = scaled_mm
+) -> Tensor:
+    """Return the linear layer's output [..., N] in x's dtype, x quantized per token, by `product`."""
+    codes, scale = formats.quantize_per_token(tokens(x), weight.dtype)
+    return product(codes, weight, scale, weight_scale, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_tensor(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    product: ScaledProduct = scaled_mm,
+) -> Tensor:
+    """Return the linear layer's output [..., N] in x's dtype, x quantized with one scale, by `product`."""
+    codes, scale = formats.quantize_per_tensor(tokens(x), weight.dtype, input_scale)
+    return product(codes, weight, scale, weight_scale, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_block(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the linear layer's output [..., N] in x's dtype: 128 columns at a time, each with its scales.
+
+    Only 128 columns of the weight are decoded at any moment.
+    """
+    codes, scale = formats.quantize_per_group(tokens(x), weight.dtype)
+    decoded = formats.decode(codes, torch.float32)
+    rows = weight_scale.to(torch.float32).repeat_interleave(formats.BLOCK, dim=0)[: weight.shape[0]].t().contiguous()
+    out = torch.zeros((codes.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
+    for block in range(scale.shape[1]):
+        part = slice(block * formats.BLOCK, (block + 1) * formats.BLOCK)
+        acc = decoded[:, part] @ formats.decode(weight[:, part], torch.float32).t()
+        out += acc.mul_(scale[:, block : block + 1]).mul_(rows[block])
+    if bias is not None:
+        out += bias.to(torch.float32)
+    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_llm_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """Return the linear layer's output [..., N] in x's dtype, outlier columns multiplied in float.
+
+    Columns are masked, not gathered: nothing waits for the device to say how many there are.
+    """
+    values = tokens(x).float()
+    outlier = (values.abs() >= in_float32(threshold)).any(dim=0)
+    codes, scale = formats.quantize_per_token(values.masked_fill(outlier, 0.0), weight.dtype)
+    out = epilogue(int_mm(codes, weight), scale, weight_scale, None, torch.float32)
+    out += values.masked_fill(~outlier, 0.0) @ formats.dequantize(weight, weight_scale.float()).t()
+    if bias is not None:
+        out += bias.to(torch.float32)
+    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def in_float32(number: float) -> float:
+    """Return the number rounded to float32: what float32 numbers are compared with on every device."""
+    return torch.tensor(number, dtype=torch.float32).item()
+
+
+def tokens(x: Tensor) -> Tensor:
+    """Return x [..., K] as [M, K]: a view where its strides allow one."""
+    *lead, in_features = x.shape
+    return x.reshape(math.prod(lead), in_features)

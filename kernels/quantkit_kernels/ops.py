@@ -3,33 +3,41 @@
 | op | generic.py (any device) | cpu.py | Triton (CUDA) |
 | --- | --- | --- | --- |
 | quantize_per_token | formats.quantize_per_token | - | - |
-| scaled_mm | exact float32 products; fp8 decoded | int8: `torch._int_mm` | int8: int8_scaled_mm.py |
+| scaled_mm | int8 exact in float32; fp8 decoded | int8: `torch._int_mm`; fp8 in parts | int8: int8_scaled_mm.py |
 | linear_dynamic | the two above | the two above | int8: the two above |
+| linear_tensor | formats.quantize_per_tensor, then scaled_mm's product | cpu.py's product | - |
+| linear_block | 128 columns at a time, decoded | - | - |
+| linear_llm_int8 | outlier columns masked: no waiting for the device | outlier columns gathered | - |
 | linear_weight_only | decode, then F.linear | - | - |
 | linear_weight_only_packed | unpack, decode, then F.linear | - | - |
 
 M tokens, K in features, N out features, G scales a row. Quantized weights are [N, K] with codes of int8 or
-fp8, or packed into int32 words along K. The typed functions below call `torch.ops.quantkit.*`, which
+fp8, or packed into int32 words along K. Tensors may have any strides: a weight that is stored [K, N] is passed
+as `w.t()`, without a copy on the CPU. The typed functions below call `torch.ops.quantkit.*`, which
 torch.compile sees as single nodes. No op has a gradient: backward raises.
 
-Each op is in `reference.py` again, in float64 and plain loops, as the oracle of the tests.
+`checks.py` says what the arguments must be. Each op is in `reference.py` again, in float64 and plain loops, as
+the oracle of the tests.
 """
 
 import functools
-import math
+import inspect
 from collections.abc import Callable
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from quantkit_kernels import cpu, formats, generic
+from quantkit_kernels import checks, cpu, formats, generic
 from quantkit_kernels.backends import select_backend
 from quantkit_kernels.errors import KernelError
 
 __all__ = [
     "KernelError",
+    "linear_block",
     "linear_dynamic",
+    "linear_llm_int8",
+    "linear_tensor",
     "linear_weight_only",
     "linear_weight_only_packed",
     "quantize_per_token",
@@ -96,6 +104,83 @@ def linear_dynamic(
     return cast("Tensor", torch.ops.quantkit.linear_dynamic(x, weight, weight_scale, bias, backend))
 
 
+def linear_tensor(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the linear layer's output [..., N] in x's dtype, x quantized with one scale to the weight's dtype.
+
+    `formats.quantize_per_tensor`, then the product and `generic.epilogue` of `scaled_mm`: the same error.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16; any strides and leading dimensions.
+        weight: [N, K], int8 or fp8; any strides.
+        weight_scale: [N, 1] or [1], any float dtype.
+        input_scale: [1], any float dtype: what lies beyond its range saturates (static); None takes absmax of
+            all of x (dynamic), so that a token's result depends on the tokens beside it.
+        bias: [N], any float dtype, or None.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        KernelError: for shapes, dtypes or a backend that do not fit; the message names them.
+    """
+    return cast("Tensor", torch.ops.quantkit.linear_tensor(x, weight, weight_scale, input_scale, bias, backend))
+
+
+def linear_block(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
+    """Return the linear layer's output [..., N] in x's dtype, from fp8 with a scale for each 128 in features.
+
+    x is quantized by `formats.quantize_per_group`, the weight has a scale for each 128 by 128 block. The result
+    is the sum over blocks of 128 columns of (a @ b.T) * a_scale * b_scale in float32 (DeepSeek-AI 2024,
+    arXiv:2412.19437, section 3.3): error <= (130 + K / 128) * 2**-24 of the same sum of absolute values, then
+    one rounding to x's dtype.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16; any strides and leading dimensions.
+        weight: [N, K], fp8; any strides; 128 divides K, N may be ragged.
+        weight_scale: [ceil(N / 128), K / 128], any float dtype.
+        bias: [N], any float dtype, or None.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        KernelError: for shapes, dtypes or a backend that do not fit; the message names them.
+    """
+    return cast("Tensor", torch.ops.quantkit.linear_block(x, weight, weight_scale, bias, backend))
+
+
+def linear_llm_int8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the linear layer's output [..., N] in x's dtype, outlier columns of x multiplied in float.
+
+    LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339, equation 8): columns of x in which any token of the call
+    has |x| >= threshold (compared in float32) multiply the decoded columns of the weight in float32; the rest
+    is `linear_dynamic`, with scales from what is left of each token. Both sums are added, then the bias. Without
+    outliers it is `linear_dynamic`.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16; any strides and leading dimensions.
+        weight: [N, K], int8; any strides.
+        weight_scale: [N, 1], any float dtype.
+        bias: [N], any float dtype, or None.
+        threshold: positive; 6.0 in the paper.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        KernelError: for shapes, dtypes, a threshold or a backend that do not fit; the message names them.
+    """
+    return cast("Tensor", torch.ops.quantkit.linear_llm_int8(x, weight, weight_scale, bias, threshold, backend))
+
+
 def linear_weight_only(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
@@ -150,6 +235,11 @@ _SCHEMAS = {
     "scaled_mm": "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType out_dtype, "
     "str backend='auto') -> Tensor",
     "linear_dynamic": _LINEAR_SCHEMA,
+    "linear_tensor": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias, "
+    "str backend='auto') -> Tensor",
+    "linear_block": _LINEAR_SCHEMA,
+    "linear_llm_int8": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, "
+    "str backend='auto') -> Tensor",
     "linear_weight_only": _LINEAR_SCHEMA,
     "linear_weight_only_packed": "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, "
     "int bits, str backend='auto') -> Tensor",
@@ -157,12 +247,12 @@ _SCHEMAS = {
 
 
 def _quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    _check_per_token(x, dtype)
+    checks.quantize_per_token(x, dtype)
     return formats.quantize_per_token(x, dtype)
 
 
 def _quantize_per_token_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    _check_per_token(x, dtype)
+    checks.quantize_per_token(x, dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
@@ -175,9 +265,9 @@ def _scaled_mm(
     out_dtype: torch.dtype,
     backend: str = "auto",
 ) -> Tensor:
-    _check_scaled_mm(a, b, a_scale, b_scale, bias, out_dtype)
-    way = select_backend("scaled_mm", a.dtype, a.device, backend)
-    return _run_scaled_mm(way, a, b, a_scale, b_scale, bias, out_dtype)
+    checks.scaled_mm(a, b, a_scale, b_scale, bias, out_dtype)
+    product = _scaled_product(select_backend("scaled_mm", a.dtype, a.device, backend))
+    return product(a, b, a_scale, b_scale, bias, out_dtype)
 
 
 def _scaled_mm_fake(
@@ -189,60 +279,68 @@ def _scaled_mm_fake(
     out_dtype: torch.dtype,
     backend: str = "auto",
 ) -> Tensor:
-    _check_scaled_mm(a, b, a_scale, b_scale, bias, out_dtype)
+    checks.scaled_mm(a, b, a_scale, b_scale, bias, out_dtype)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _run_scaled_mm(
-    way: str,
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Return the scaled product [M, N] by the way that `select_backend` named."""
+def _scaled_product(way: str) -> generic.ScaledProduct:
+    """Return the scaled product of the way that `select_backend` named."""
     if way == "triton":
         from quantkit_kernels import int8_scaled_mm
 
-        return int8_scaled_mm.scaled_mm(a, b, a_scale, b_scale, bias, out_dtype)
-    implementation = cpu.scaled_mm if way == "cpu" else generic.scaled_mm
-    return implementation(a, b, a_scale, b_scale, bias, out_dtype)
+        return int8_scaled_mm.scaled_mm
+    return cpu.scaled_mm if way == "cpu" else generic.scaled_mm
 
 
 def _linear_dynamic(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
-    _check_linear(x, weight, weight_scale, bias)
-    _check_int32_sum(weight)
-    way = select_backend("linear_dynamic", weight.dtype, x.device, backend)
-    *lead, in_features = x.shape
-    codes, scale = formats.quantize_per_token(x.reshape(math.prod(lead), in_features), weight.dtype)
-    out = _run_scaled_mm(way, codes, weight, scale, weight_scale, bias, x.dtype)
-    return out.view(*lead, weight.shape[0])
+    checks.linear_dynamic(x, weight, weight_scale, bias)
+    product = _scaled_product(select_backend("linear_dynamic", weight.dtype, x.device, backend))
+    return generic.linear_dynamic(x, weight, weight_scale, bias, product)
+
+
+def _linear_tensor(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:
+    checks.linear_tensor(x, weight, weight_scale, input_scale, bias)
+    product = _scaled_product(select_backend("linear_tensor", weight.dtype, x.device, backend))
+    return generic.linear_tensor(x, weight, weight_scale, input_scale, bias, product)
+
+
+def _linear_block(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
+) -> Tensor:
+    checks.linear_block(x, weight, weight_scale, bias)
+    select_backend("linear_block", weight.dtype, x.device, backend)
+    return generic.linear_block(x, weight, weight_scale, bias)
+
+
+def _linear_llm_int8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    backend: str = "auto",
+) -> Tensor:
+    checks.linear_llm_int8(x, weight, weight_scale, bias, threshold)
+    way = select_backend("linear_llm_int8", weight.dtype, x.device, backend)
+    implementation = cpu.linear_llm_int8 if way == "cpu" else generic.linear_llm_int8
+    return implementation(x, weight, weight_scale, bias, threshold)
 
 
 def _linear_weight_only(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
-    _check_linear(x, weight, weight_scale, bias, _groups(weight_scale, weight.shape[-1]))
+    checks.linear_weight_only(x, weight, weight_scale, bias)
     select_backend("linear_weight_only", weight.dtype, x.device, backend)
     return generic.linear_weight_only(x, weight, weight_scale, bias).contiguous()
-
-
-def _linear_dynamic_fake(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
-) -> Tensor:
-    _check_linear(x, weight, weight_scale, bias)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _linear_weight_only_fake(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
-) -> Tensor:
-    _check_linear(x, weight, weight_scale, bias, _groups(weight_scale, weight.shape[-1]))
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _linear_weight_only_packed(
@@ -253,106 +351,23 @@ def _linear_weight_only_packed(
     bits: int,
     backend: str = "auto",
 ) -> Tensor:
-    _check_packed(x, weight_packed, weight_scale, bias, bits)
+    checks.linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits)
     select_backend("linear_weight_only_packed", weight_packed.dtype, x.device, backend)
     return generic.linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits).contiguous()
 
 
-def _linear_weight_only_packed_fake(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    backend: str = "auto",
-) -> Tensor:
-    _check_packed(x, weight_packed, weight_scale, bias, bits)
-    return x.new_empty((*x.shape[:-1], weight_packed.shape[0]))
+def _linear_fake(name: str) -> Callable[..., Tensor]:
+    """Return the fake of a linear op: its check, then an output [..., N] in x's dtype for x [..., K]."""
+    check: Callable[..., None] = getattr(checks, name)
+    checked = len(inspect.signature(check).parameters)
 
+    def fake(*arguments: Any) -> Tensor:
+        check(*arguments[:checked])  # what may follow is the backend
+        x, weight = arguments[:2]
+        out: Tensor = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        return out
 
-def _shape(tensor: Tensor) -> str:
-    """Return dtype and shape for a message."""
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _check_per_token(x: Tensor, dtype: torch.dtype) -> None:
-    if x.ndim != 2 or x.dtype not in formats.FLOAT_DTYPES:
-        raise KernelError(f"x is {_shape(x)}: expected [M, K] in float32, bfloat16 or float16")
-    if dtype not in formats.QMAX:
-        raise KernelError(f"cannot quantize to {dtype}: expected int8, float8_e4m3fn or float8_e5m2")
-
-
-def _check_scaled_mm(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> None:
-    if a.dtype not in formats.QMAX or a.dtype != b.dtype:
-        raise KernelError(f"a is {a.dtype} and b {b.dtype}: expected both int8, or both the same fp8 dtype")
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise KernelError(f"a is {_shape(a)} and b {_shape(b)}: expected [M, K] and [N, K]")
-    if a_scale.dtype != torch.float32 or a_scale.shape != (a.shape[0], 1):
-        raise KernelError(f"a_scale is {_shape(a_scale)}: expected torch.float32 [{a.shape[0]}, 1]")
-    _check_int32_sum(a)
-    _check_scale_and_bias(b_scale, bias, b.shape[0], 1)
-    if out_dtype not in formats.FLOAT_DTYPES:
-        raise KernelError(f"out_dtype is {out_dtype}: expected float32, bfloat16 or float16")
-    _check_devices(a, b, a_scale, b_scale, bias)
-
-
-def _check_int32_sum(codes: Tensor) -> None:
-    if codes.dtype == torch.int8 and codes.shape[-1] > generic.INT8_MAX_K:
-        raise KernelError(
-            f"K is {codes.shape[-1]}: an int8 product overflows int32 beyond {generic.INT8_MAX_K}, split it along K"
-        )
-
-
-def _check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, groups: int = 1) -> None:
-    if weight.dtype not in formats.QMAX or weight.ndim != 2:
-        raise KernelError(f"weight is {_shape(weight)}: expected [N, K] in int8, float8_e4m3fn or float8_e5m2")
-    _check_x(x, weight.shape[1])
-    _check_scale_and_bias(weight_scale, bias, weight.shape[0], groups)
-    _check_devices(x, weight, weight_scale, bias)
-
-
-def _check_packed(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise KernelError(f"{bits} bits: expected 1 to 8")
-    if x.ndim < 1:
-        raise KernelError(f"x is {_shape(x)}: expected [..., K]")
-    words = formats.packed_words(x.shape[-1], bits)
-    if weight_packed.dtype != torch.int32 or weight_packed.ndim != 2 or weight_packed.shape[1] != words:
-        raise KernelError(
-            f"weight_packed is {_shape(weight_packed)}: expected torch.int32 [N, {words}] for x {_shape(x)} "
-            f"and {bits} bits"
-        )
-    _check_x(x, x.shape[-1])
-    _check_scale_and_bias(weight_scale, bias, weight_packed.shape[0], _groups(weight_scale, x.shape[-1]))
-    _check_devices(x, weight_packed, weight_scale, bias)
-
-
-def _groups(weight_scale: Tensor, in_features: int) -> int:
-    """Return G of a scale [N, G] that divides K, or raise KernelError."""
-    groups = weight_scale.shape[-1] if weight_scale.ndim == 2 else 0
-    if groups < 1 or in_features % groups:
-        raise KernelError(f"weight_scale is {_shape(weight_scale)}: expected [N, G], G dividing K = {in_features}")
-    return groups
-
-
-def _check_x(x: Tensor, in_features: int) -> None:
-    if x.ndim < 1 or x.dtype not in formats.FLOAT_DTYPES or x.shape[-1] != in_features:
-        raise KernelError(f"x is {_shape(x)}: expected [..., {in_features}] in float32, bfloat16 or float16")
-
-
-def _check_scale_and_bias(scale: Tensor, bias: Tensor | None, out_features: int, groups: int) -> None:
-    if not scale.is_floating_point() or scale.shape != (out_features, groups):
-        raise KernelError(f"the weight's scale is {_shape(scale)}: expected float [{out_features}, {groups}]")
-    if bias is not None and (not bias.is_floating_point() or bias.shape != (out_features,)):
-        raise KernelError(f"bias is {_shape(bias)}: expected float [{out_features}]")
-
-
-def _check_devices(first: Tensor, *others: Tensor | None) -> None:
-    for tensor in others:
-        if tensor is not None and tensor.device != first.device:
-            raise KernelError(f"tensors are on {first.device} and {tensor.device}: expected one device")
+    return fake
 
 
 def _refuse_backward(name: str, ctx: object, *grads: Tensor) -> NoReturn:
@@ -365,9 +380,12 @@ def _register() -> None:
     implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
         "quantize_per_token": (_quantize_per_token, _quantize_per_token_fake),
         "scaled_mm": (_scaled_mm, _scaled_mm_fake),
-        "linear_dynamic": (_linear_dynamic, _linear_dynamic_fake),
-        "linear_weight_only": (_linear_weight_only, _linear_weight_only_fake),
-        "linear_weight_only_packed": (_linear_weight_only_packed, _linear_weight_only_packed_fake),
+        "linear_dynamic": (_linear_dynamic, _linear_fake("linear_dynamic")),
+        "linear_tensor": (_linear_tensor, _linear_fake("linear_tensor")),
+        "linear_block": (_linear_block, _linear_fake("linear_block")),
+        "linear_llm_int8": (_linear_llm_int8, _linear_fake("linear_llm_int8")),
+        "linear_weight_only": (_linear_weight_only, _linear_fake("linear_weight_only")),
+        "linear_weight_only_packed": (_linear_weight_only_packed, _linear_fake("linear_weight_only_packed")),
     }
     for name, (implementation, fake) in implementations.items():
         op = f"quantkit::{name}"

@@ -61,16 +61,36 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     float64 has more than twice float32's digits. So scale and x / scale here are what float32 division must
     give.
     """
-    qmax = 127.0 if dtype == torch.int8 else fp8_magnitudes(dtype)[-1]
     codes = torch.zeros(x.shape, dtype=torch.float64)
     scales = torch.ones((x.shape[0], 1), dtype=torch.float64)
     for m, token in enumerate(x.tolist()):
-        absmax = max((abs(value) for value in token), default=0.0)
-        if absmax > 0:
-            scales[m] = max(_float32(absmax / qmax), torch.finfo(torch.float32).tiny)
+        scale = absmax_scale(token, dtype)
+        scales[m] = scale
         for k, value in enumerate(token):
-            codes[m, k] = round_to_code(_float32(value / scales[m].item()), dtype)
+            codes[m, k] = round_to_code(_float32(value / scale), dtype)
     return codes, scales
+
+
+def absmax_scale(values: list[float], dtype: torch.dtype) -> float:
+    """Return the scale of float32 numbers: absmax / qmax in float32, 1 where all are zero, never a subnormal."""
+    qmax = 127.0 if dtype == torch.int8 else fp8_magnitudes(dtype)[-1]
+    absmax = max((abs(value) for value in values), default=0.0)
+    return max(_float32(absmax / qmax), torch.finfo(torch.float32).tiny) if absmax > 0 else 1.0
+
+
+def quantize_per_tensor(x: Tensor, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, float]:
+    """Return the codes' values [M, K] in float64 and the scale of x [M, K]: the one given, or that of all of x."""
+    rows = x.tolist()
+    if scale is None:
+        scale = absmax_scale([value for row in rows for value in row], dtype)
+    codes = [[round_to_code(_float32(value / scale), dtype) for value in row] for row in rows]
+    return torch.tensor(codes, dtype=torch.float64).view(x.shape), scale
+
+
+def quantize_per_group(x: Tensor, dtype: torch.dtype, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return the codes' values [M, K] and scales [M, K / group_size], both float64, of x [M, K]."""
+    parts = [quantize_per_token(x[:, start : start + group_size], dtype) for start in range(0, x.shape[1], group_size)]
+    return torch.cat([codes for codes, _ in parts], dim=1), torch.cat([scales for _, scales in parts], dim=1)
 
 
 def scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,6 +103,47 @@ def linear_dynamic(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
     """Return the output [..., N] in float64 for x [..., K] quantized per token to the weight's dtype."""
     codes, scale = quantize_per_token(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight.dtype)
     out = scaled_mm(codes, weight, scale, weight_scale, bias)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_tensor(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return the output [..., N] in float64 for x [..., K] quantized with one scale to the weight's dtype."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    given = None if input_scale is None else input_scale.float().item()
+    codes, scale = quantize_per_tensor(rows, weight.dtype, given)
+    by_feature = weight_scale.double().reshape(-1, 1).expand(weight.shape[0], 1)
+    out = scaled_mm(codes, weight, torch.full((len(rows), 1), scale, dtype=torch.float64), by_feature, bias)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_block(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: int = 128) -> Tensor:
+    """Return the output [..., N] in float64: each code times the scale of its group or block, then one product."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    codes, scales = quantize_per_group(rows, weight.dtype, block)
+    x_values, w_values = torch.zeros_like(codes), torch.zeros(weight.shape, dtype=torch.float64)
+    for k in range(weight.shape[1]):
+        x_values[:, k] = codes[:, k] * scales[:, k // block]
+        for n in range(0, weight.shape[0], block):
+            w_values[n : n + block, k] = (
+                weight[n : n + block, k].double() * weight_scale[n // block, k // block].double()
+            )
+    out = x_values @ w_values.T
+    out = out if bias is None else out + bias.double()
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_llm_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """Return the output [..., N] in float64, each column in float or in codes (arXiv:2208.07339, equation 8)."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).double()
+    limit = _float32(threshold)
+    outliers = [k for k in range(rows.shape[1]) if any(abs(value) >= limit for value in rows[:, k].tolist())]
+    others = [k for k in range(rows.shape[1]) if k not in outliers]
+    decoded = weight.double() * weight_scale.double()
+    out = rows[:, outliers] @ decoded[:, outliers].T
+    codes, scale = quantize_per_token(rows[:, others], torch.int8)
+    out += scaled_mm(codes, weight[:, others], scale, weight_scale, bias)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from quantkit_kernels.errors import KernelError
 
-from quantkit.cli import demo, evaluate, generate, inspect, methods, quantize
+from quantkit.cli import demo, evaluate, generate, inspect, methods, plan, quantize
 from quantkit.cli.options import CONTEXT
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
@@ -43,5 +43,5 @@ def main() -> None:
     """
 
 
-for module in (quantize, evaluate, inspect, generate, methods, demo):
+for module in (quantize, plan, evaluate, inspect, generate, methods, demo):
     main.add_command(module.command)

@@ -20,7 +20,7 @@ def command(as_json: bool) -> None:
         method = method_class(name)
         click.echo(f"{name}: {method.summary}")
         for parameter in method.parameters:
-            click.echo(f"    {parameter.name}={'|'.join(parameter.choices)}: {parameter.help}")
+            click.echo(f"    {parameter.name}={parameter.values}: {parameter.help}")
         click.echo(f"    paper: {method.paper}\n")
     click.echo("recipes (--recipe NAME):")
     for name, steps in _recipes().items():
@@ -29,7 +29,9 @@ def command(as_json: bool) -> None:
 
 def _described(name: str) -> dict[str, object]:
     method = method_class(name)
-    parameters = [{"name": p.name, "values": list(p.choices), "help": p.help} for p in method.parameters]
+    parameters = [
+        {"name": p.name, "values": list(p.choices), "other": p.other or None, "help": p.help} for p in method.parameters
+    ]
     return {"name": name, "summary": method.summary, "parameters": parameters, "paper": method.paper}
 
 

@@ -22,7 +22,7 @@ from quantkit.cli.options import CONTEXT, SPEC_HELP, data_dir_option, device_opt
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these modules in float; repeatable.")
 @click.option(
     "--format",
-    type=click.Choice(["auto", "compressed-tensors", "quantkit"]),
+    type=click.Choice(["auto", "compressed-tensors", "bitsandbytes", "quantkit"]),
     default="auto",
     show_default=True,
     help="How it lies on disk.",
@@ -31,6 +31,7 @@ from quantkit.cli.options import CONTEXT, SPEC_HELP, data_dir_option, device_opt
 @data_dir_option
 @device_option
 @click.option("--eval-dataset", metavar="SPEC", help="Evaluate the result against the float model on this data set.")
+@click.option("--dequantize", is_flag=True, help="Take a model that is compressed already, turned into float first.")
 @hub_options
 @json_option
 def command(model: str, as_json: bool, **options: Any) -> None:
@@ -42,6 +43,7 @@ def command(model: str, as_json: bool, **options: Any) -> None:
 
     \b
     quantkit quantize path/of/model -o OUT -m w8a8
+    quantkit quantize path/of/model -o OUT -m smoothquant:alpha=auto -m w8a8 --dataset text.txt
     quantkit quantize org/name -o OUT -m int8:group=128,weight_range=mse --ignore '*.down_proj'
     """
     from quantkit.checkpoint import quiet_transformers

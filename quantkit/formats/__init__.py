@@ -2,24 +2,34 @@
 
 A format is a module with these names; adding one is one file here, one line in FORMATS and one oracle test.
 
-    NAME                                              what `--format` and `quant_method` call it
-    reason_against(scheme) -> str | None              why the format can't say the scheme
-    tensor_specs(scheme, N, K, dtype) -> {name: spec} what is stored for one linear layer, bias aside
-    compress(scheme, codes, scale) -> {name: tensor}  codes [N, K] and scale [N, G] as stored
-    decompress(scheme, tensors, K) -> (codes, scale)  and back
-    config(scheme, modules, left) -> dict             config.json's `quantization_config`
-    parse(config) -> Layout                           which modules have which scheme
+    NAME                                    what `--format` and `quant_method` call it
+    reason_against(scheme) -> str | None    why the format can't say the scheme
+    is_packed(scheme) -> bool               whether codes are packed into words that an op must unpack
+    tensor_specs(scheme, N, K, dtype, transposed=False) -> {name: spec}
+                                            what is stored for one linear layer whose float weight has the dtype,
+                                            bias aside
+    compress(scheme, codes, scale, input_scale=None, transposed=False) -> {name: tensor}
+                                            codes [N, K] and their scale as stored, and with static activations theirs
+    decompress(scheme, tensors, K, transposed=False) -> (codes, scale)
+                                            and back, but for `input_scale`, which is stored as it is used
+    config(scheme, modules, left) -> dict   config.json's `quantization_config`: these linear layers are quantized,
+                                            and those left in float
+    parse(config) -> Layout                 which modules have which scheme
+
+`transposed` says that the float weight lies in the model as [K, N] (GPT-2's kind of linear layer); codes are [N, K]
+here all the same, and each format decides how it stores them. A scale is [N, G] with G groups of K (G = 1 by row), [1]
+by tensor, and [ceil(N / 128), ceil(K / 128)] by block.
 """
 
 from types import ModuleType
 from typing import Any
 
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.formats import compressed_tensors, native
+from quantkit.formats import bitsandbytes, compressed_tensors, native
 from quantkit.formats.base import Group, Layout, TensorSpec
 from quantkit.scheme import Scheme
 
-FORMATS: dict[str, ModuleType] = {compressed_tensors.NAME: compressed_tensors, native.NAME: native}
+FORMATS: dict[str, ModuleType] = {form.NAME: form for form in (compressed_tensors, bitsandbytes, native)}
 
 __all__ = ["FORMATS", "Group", "Layout", "TensorSpec", "choose", "of_config"]
 
@@ -57,4 +67,5 @@ def of_config(config: Any, where: str) -> ModuleType:
 
 
 def _readable() -> str:
-    return "cannot read (it reads " + " and ".join(FORMATS) + ")"
+    *most, last = FORMATS
+    return f"cannot read (it reads {', '.join(most)} and {last})"

@@ -1,13 +1,14 @@
 """What every format speaks of: the specification of a stored tensor, and which modules have which scheme."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from quantkit.errors import CheckpointError
-from quantkit.scheme import Scheme
+from quantkit.scheme import BLOCK, Scheme
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,36 @@ class TensorSpec:
         return count * self.dtype.itemsize
 
 
+def scale_specs(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """The scales of a linear layer [N, K] whose float weight has this dtype: the weight's, and static activations'.
+
+    They have the float weight's dtype, but for LLM.int8, where they are float32 as in its paper's software.
+    """
+    dtype = dtype if scheme.threshold is None else torch.float32
+    shape: tuple[int, ...] = (out_features, 1 if scheme.group_size is None else in_features // scheme.group_size)
+    if scheme.weight_granularity == "tensor":
+        shape = (1,)
+    elif scheme.weight_granularity == "block":
+        shape = (-(-out_features // BLOCK), -(-in_features // BLOCK))
+    specs = {"weight_scale": TensorSpec(shape, dtype)}
+    return specs | {"input_scale": TensorSpec((1,), dtype)} if scheme.is_static else specs
+
+
+def stored_scales(scheme: Scheme, scale: torch.Tensor, input_scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """`weight_scale`, and for static activations `input_scale` [1] in the same dtype, at least its smallest normal one.
+
+    Raises:
+        ValueError: the scheme's activations are static and there is no scale of theirs, or the other way round.
+    """
+    if (input_scale is not None) != scheme.is_static:
+        raise ValueError(f"{scheme.label}: a scale of the activations goes with static activations, and only there")
+    stored = {"weight_scale": scale}
+    if input_scale is not None:
+        least = torch.finfo(scale.dtype).tiny
+        stored["input_scale"] = input_scale.reshape(1).to(scale.device, scale.dtype).clamp(min=least)
+    return stored
+
+
 @dataclass(frozen=True)
 class Group:
     """A scheme and the modules that have it: class names, module names, or regexes after `re:`."""
@@ -36,16 +67,47 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every group of a checkpoint, and what is left in float whatever the groups say."""
+    """Every group of a checkpoint, and what is left in float whatever the groups say.
+
+    Attributes:
+        groups: schemes with the modules that have them.
+        ignore: modules left in float: class names, module names, or regexes after `re:`.
+        spares_head: whether the layer that makes the logits and layers that share their weight with another stay in
+            float too. The config doesn't say which they are; a reader asks the model.
+    """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...] = ()
+    spares_head: bool = False
 
     def scheme_of(self, module: str, class_name: str = "Linear") -> Scheme | None:
-        """The scheme of the linear layer of that name, or None when it is in float."""
-        if named(module, self.ignore, class_name):
+        """The scheme of the linear layer of that name, or None when it is in float.
+
+        Where targets of several groups name it, its own name goes before a regex, and a regex before its class; of
+        two regexes the first in alphabetical order counts (compressed-tensors 0.20, `match_targets`).
+        """
+        if not self._ignored.isdisjoint((module, class_name)) or _first_match(module, self._ignored_regexes):
             return None
-        return next((group.scheme for group in self.groups if named(module, group.targets, class_name)), None)
+        named = (module, _first_match(module, self._regexes), class_name)
+        return next((self._schemes[target] for target in named if target in self._schemes), None)
+
+    # Looked up for every module of a model: a mixture of experts has tens of thousands, each named on its own.
+    @cached_property
+    def _schemes(self) -> dict[str, Scheme]:
+        """Every target to its scheme, the last group's where several name it."""
+        return {target: group.scheme for group in self.groups for target in group.targets}
+
+    @cached_property
+    def _regexes(self) -> list[str]:
+        return _regexes_of(self._schemes)
+
+    @cached_property
+    def _ignored(self) -> frozenset[str]:
+        return frozenset(self.ignore)
+
+    @cached_property
+    def _ignored_regexes(self) -> list[str]:
+        return _regexes_of(self.ignore)
 
 
 def checked_targets(values: object, where: str) -> tuple[str, ...]:
@@ -66,9 +128,19 @@ def checked_targets(values: object, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def named(module: str, targets: Sequence[str], class_name: str) -> bool:
+def named(module: str, targets: Iterable[str], class_name: str) -> bool:
     """Whether a module is among targets: by class name, by its own name, or by a regex from the name's start."""
     for target in targets:
         if target in (class_name, module) or (target.startswith("re:") and re.match(target[3:], module)):
             return True
     return False
+
+
+def _regexes_of(targets: Iterable[str]) -> list[str]:
+    """The regexes among targets, in alphabetical order."""
+    return sorted(target for target in targets if target.startswith("re:"))
+
+
+def _first_match(module: str, regexes: Iterable[str]) -> str | None:
+    """The first regex that matches a module's name from its start, or None."""
+    return next((regex for regex in regexes if re.match(regex[3:], module)), None)

@@ -2,13 +2,15 @@
 
 | scheme | its format name | tensors of a linear layer |
 | --- | --- | --- |
-| int8, activations per token | int-quantized | `weight` int8 [N, K], `weight_scale` [N, 1] |
-| E4M3, activations per token | float-quantized | `weight` float8_e4m3fn [N, K], `weight_scale` [N, 1] |
+| int8, activations too | int-quantized | `weight` int8 [N, K], `weight_scale` [N, 1] |
+| E4M3, activations too | float-quantized | `weight` float8_e4m3fn [N, K], `weight_scale` |
 | E4M3 weights only | naive-quantized | as above |
-| int8 weights only | pack-quantized | `weight_packed` int32 [N, K/4], `weight_scale` [N, G], `weight_shape` int64 [2] |
+| int8 weights only | pack-quantized | `weight_packed` int32 [N, K/4], `weight_scale`, `weight_shape` int64 [2] |
 
-Scales have the dtype of the weight that they replace. A packed element is q + 128, element 0 in the lowest bits. The
-layout follows compressed-tensors 0.20.
+`weight_scale` is [N, 1] by row, [N, G] in groups, [1] by tensor and [ceil(N/128), ceil(K/128)] by block; static
+activations add `input_scale` [1]. Scales have the dtype of the weight that they replace. A packed element is q + 128,
+element 0 in the lowest bits. A weight that lies in the model as [K, N] (GPT-2's) is stored so, as servers' loaders
+transpose it by its name; packed words are out x in always. The layout follows compressed-tensors 0.20.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +20,20 @@ import torch
 from quantkit_kernels.formats import pack_int32, unpack_int32
 
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets
-from quantkit.scheme import Scheme
+from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets, scale_specs, stored_scales
+from quantkit.scheme import BLOCK, Scheme
 
 NAME = "compressed-tensors"
 VERSION = "0.20.0"
+STRATEGIES = {"row": "channel", "tensor": "tensor", "block": "block"}
+"""Its word for what shares a scale among weights."""
+ACTIVATIONS = {
+    "token": ("token", True),
+    "tensor": ("tensor", True),
+    "tensor-static": ("tensor", False),
+    "group": ("group", True),
+}
+"""Its words for what shares a scale among activations: the strategy, and whether it is dynamic."""
 
 
 def reason_against(scheme: Scheme) -> str | None:
@@ -31,6 +42,8 @@ def reason_against(scheme: Scheme) -> str | None:
         return "its FP8 is E4M3 only, and the recipe asks for E5M2"
     if scheme.group_size is not None and scheme.weight_dtype != "int8":
         return "its groups are for integers only"
+    if scheme.threshold is not None:
+        return "it has no word for outlier features that stay in float, as LLM.int8 keeps them"
     return None
 
 
@@ -46,53 +59,51 @@ def is_packed(scheme: Scheme) -> bool:
     return format_name(scheme) == "pack-quantized"
 
 
-def tensor_specs(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """What is stored for a linear layer [N, K] whose float weight has this dtype."""
-    groups = 1 if scheme.group_size is None else in_features // scheme.group_size
-    scale = TensorSpec((out_features, groups), dtype)
+def tensor_specs(
+    scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype, transposed: bool = False
+) -> dict[str, TensorSpec]:
+    """What is stored for a linear layer [N, K] whose float weight has this dtype (and is [K, N] when transposed)."""
+    scales = scale_specs(scheme, out_features, in_features, dtype)
     if is_packed(scheme):
-        words = -(-in_features * scheme.bits // 32)
-        return {
-            "weight_packed": TensorSpec((out_features, words), torch.int32),
-            "weight_scale": scale,
-            "weight_shape": TensorSpec((2,), torch.int64),
-        }
-    codes = TensorSpec((out_features, in_features), getattr(torch, scheme.weight_dtype))
-    return {"weight": codes, "weight_scale": scale}
+        words = TensorSpec((out_features, -(-in_features * scheme.bits // 32)), torch.int32)
+        return {"weight_packed": words, **scales, "weight_shape": TensorSpec((2,), torch.int64)}
+    shape = (in_features, out_features) if transposed else (out_features, in_features)
+    return {"weight": TensorSpec(shape, getattr(torch, scheme.weight_dtype)), **scales}
 
 
-def compress(scheme: Scheme, codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Codes [N, K] and scale [N, G] as they are stored."""
-    if not is_packed(scheme):
-        return {"weight": codes, "weight_scale": scale}
-    return {
-        "weight_packed": pack_int32(codes, scheme.bits),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor(list(codes.shape), dtype=torch.int64),
-    }
+def compress(
+    scheme: Scheme,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor | None = None,
+    transposed: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Codes [N, K] and their scale as they are stored; `input_scale` with static activations."""
+    scales = stored_scales(scheme, scale, input_scale)
+    if is_packed(scheme):
+        shape = torch.tensor(list(codes.shape), dtype=torch.int64)
+        return {"weight_packed": pack_int32(codes, scheme.bits), **scales, "weight_shape": shape}
+    return {"weight": codes.t().contiguous() if transposed else codes, **scales}
 
 
 def decompress(
-    scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int
+    scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] and scale [N, G] of stored tensors."""
-    if not is_packed(scheme):
-        return tensors["weight"], tensors["weight_scale"]
-    return unpack_int32(tensors["weight_packed"], scheme.bits, in_features), tensors["weight_scale"]
+    """Codes [N, K], a view of the weight where it isn't packed, and their scale."""
+    if is_packed(scheme):
+        return unpack_int32(tensors["weight_packed"], scheme.bits, in_features), tensors["weight_scale"]
+    weight = tensors["weight"]
+    return weight.t() if transposed else weight, tensors["weight_scale"]
 
 
 def config(scheme: Scheme, modules: Sequence[str], left: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint whose linear layers are quantized but for those left."""
     name = format_name(scheme)
-    number = {"num_bits": 8, "type": "int" if scheme.weight_dtype == "int8" else "float", "symmetric": True}
-    weights: dict[str, Any] = {**number, "strategy": "channel" if scheme.group_size is None else "group"}
-    weights |= {"group_size": scheme.group_size, "dynamic": False}
-    activations = {**number, "strategy": "token", "group_size": None, "dynamic": True}
     group = {
         "targets": ["Linear"],
         "format": name,
-        "weights": weights,
-        "input_activations": None if scheme.activation_dtype is None else activations,
+        "weights": _weights(scheme),
+        "input_activations": _activations(scheme),
         "output_activations": None,
     }
     return {
@@ -107,6 +118,24 @@ def config(scheme: Scheme, modules: Sequence[str], left: Sequence[str]) -> dict[
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def _numbers(scheme: Scheme) -> dict[str, Any]:
+    return {"num_bits": scheme.bits, "type": "int" if scheme.weight_dtype == "int8" else "float", "symmetric": True}
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    strategy = STRATEGIES[scheme.weight_granularity] if scheme.group_size is None else "group"
+    blocks = {"block_structure": [BLOCK, BLOCK]} if strategy == "block" else {}
+    return {**_numbers(scheme), "strategy": strategy, "group_size": scheme.group_size, **blocks, "dynamic": False}
+
+
+def _activations(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.activation_dtype is None:
+        return None
+    strategy, dynamic = ACTIVATIONS[scheme.activation]
+    size = BLOCK if strategy == "group" else None
+    return {**_numbers(scheme), "strategy": strategy, "group_size": size, "dynamic": dynamic}
 
 
 def parse(config: Mapping[str, Any]) -> Layout:
@@ -128,6 +157,9 @@ def parse(config: Mapping[str, Any]) -> Layout:
             raise CheckpointError(f"quantization_config's group {name!r} is no table; mend config.json")
         targets = checked_targets(group.get("targets"), f"targets in group {name!r}")
         scheme = _scheme_of(str(name), group)
+        reason = reason_against(scheme)
+        if reason is not None:
+            raise CheckpointError(f"group {name!r} is none that compressed-tensors can say: {reason}; mend config.json")
         stored = group.get("format") or config.get("format")
         if stored != format_name(scheme):
             raise CheckpointError(
@@ -139,30 +171,67 @@ def parse(config: Mapping[str, Any]) -> Layout:
 
 def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
     """The scheme of one config group, or CheckpointError."""
-    weights, activations = group.get("weights"), group.get("input_activations")
-    weights = weights if isinstance(weights, Mapping) else {}
-    kinds = {"int 8": "int8", "float 8": "float8_e4m3fn"}
-    kind = kinds.get(f"{weights.get('type')} {weights.get('num_bits')}")
-    grouped = weights.get("strategy") == "group"
-    known = kind is not None and (grouped or weights.get("strategy") == "channel")
-    known = known and weights.get("symmetric", True) is True and not weights.get("actorder")
-    known = known and (not grouped or weights.get("group_size") is not None)
-    if activations:
-        known = known and isinstance(activations, Mapping) and _is_per_token(activations, weights)
-    if not known or group.get("output_activations"):
+    given, activations = group.get("weights"), group.get("input_activations")
+    weights: Mapping[str, Any] = given if isinstance(given, Mapping) else {"num_bits": None}
+    kind = {"int 8": "int8", "float 8": "float8_e4m3fn"}.get(_numbers_of(weights))
+    shared, activation = _granularity_of(weights), _activation_of(weights, activations)
+    if kind is None or shared is None or activation is None or group.get("output_activations"):
         raise CheckpointError(
-            f"quantization_config's group {name!r} has a scheme that quantkit doesn't read "
-            "(it reads symmetric 8-bit weights by channel or group, with activations in float or 8-bit per token)"
+            f"quantization_config's group {name!r} has a scheme that quantkit doesn't read (it reads symmetric 8-bit "
+            "weights by channel, group, tensor or block of 128 x 128, with activations in float, or in the weights' "
+            "8 bits: by token or tensor, or by group of 128 with blocks)"
         )
-    size = weights.get("group_size") if grouped else None
+    size = weights.get("group_size") if shared == "group" else None
     try:
-        return Scheme(str(kind), size, activation_dtype=str(kind) if activations else None)
+        return Scheme(
+            kind,
+            size,
+            activation_dtype=kind if activations else None,
+            weight_granularity="row" if shared == "group" else shared,
+            activation=activation,
+        )
     except RecipeError as error:
         raise CheckpointError(f"quantization_config's group {name!r}: {error}") from error
 
 
-def _is_per_token(activations: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
-    """Whether activations are quantized per token when the model runs, symmetrically, to the weights' dtype."""
-    same = all(activations.get(key) == weights.get(key) for key in ("type", "num_bits"))
-    symmetric = activations.get("symmetric", True) is True
-    return same and symmetric and activations.get("strategy") == "token" and activations.get("dynamic") is True
+def _numbers_of(args: Mapping[str, Any]) -> str:
+    """Type and bits of weights or activations, such as `int 8`, with compressed-tensors' defaults."""
+    return f"{args.get('type', 'int')} {args.get('num_bits', 8)}"
+
+
+def _strategy(args: Mapping[str, Any]) -> object:
+    """The strategy of weights or activations; where it is left out, what the group size means."""
+    size = args.get("group_size")
+    inferred = "tensor" if size is None else "channel" if size == -1 else "group"
+    return args.get("strategy") or inferred
+
+
+def _granularity_of(weights: Mapping[str, Any]) -> str | None:
+    """What shares a scale among weights: `row`, `tensor`, `block` or `group`; None for what quantkit doesn't read."""
+    strategy, block = _strategy(weights), weights.get("block_structure")
+    plain = weights.get("symmetric", True) is True and not weights.get("dynamic")
+    # Columns quantized in another order ("weight") lie on disk in their own; "group" stores them permuted.
+    if not plain or weights.get("actorder") not in (None, False, "weight", "static"):
+        return None
+    if block not in (([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}") if strategy == "block" else (None,)):
+        return None
+    if strategy == "group":
+        return "group" if weights.get("group_size") is not None else None
+    return next((granularity for granularity, word in STRATEGIES.items() if word == strategy), None)
+
+
+def _activation_of(weights: Mapping[str, Any], activations: object) -> str | None:
+    """What shares a scale among activations, in Scheme's words; None for what quantkit doesn't read.
+
+    Activations in float are `token`, as in a scheme that quantizes weights only.
+    """
+    if not activations:
+        return "token"
+    if not isinstance(activations, Mapping) or activations.get("symmetric", True) is not True:
+        return None
+    strategy, dynamic = _strategy(activations), activations.get("dynamic") or False
+    if _numbers_of(activations) != _numbers_of(weights) or (
+        strategy == "group" and activations.get("group_size") != BLOCK
+    ):
+        return None
+    return next((activation for activation, words in ACTIVATIONS.items() if words == (strategy, dynamic)), None)

@@ -1,9 +1,11 @@
 """quantkit's own format, version 1: holds E5M2, loads with quantkit only. Described in docs/formats.md.
 
 A linear layer's tensors are `weight` int32 [N, ceil(K/4)], the bytes of its codes (two's complement, E4M3 or E5M2),
-element 0 in the lowest byte, rows padded with zero bytes; and `weight_scale` [N, G], G groups of K (one unless the
-scheme has a group size), in the dtype of the weight that it replaces. The name `weight` is kept on purpose with another
-shape: software that doesn't know the format stops there, instead of running codes as if they were weights.
+element 0 in the lowest byte, rows padded with zero bytes; `weight_scale`, [N, G] with G groups of K (one unless the
+scheme has a group size), [1] by tensor, or [ceil(N/128), ceil(K/128)] by block, in the dtype of the weight that it
+replaces (float32 for LLM.int8); and with static activations `input_scale` [1] in the same dtype. Weights are out x in,
+also where the model has them in x out. The name `weight` is kept on purpose with another shape: software that doesn't
+know the format stops there, instead of running codes as if they were weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets
+from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets, scale_specs, stored_scales
 from quantkit.scheme import Scheme
 
 NAME = "quantkit"
@@ -30,26 +32,31 @@ def is_packed(scheme: Scheme) -> bool:
     return False
 
 
-def tensor_specs(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """What is stored for a linear layer [N, K] whose float weight has this dtype."""
-    groups = 1 if scheme.group_size is None else in_features // scheme.group_size
-    return {
-        "weight": TensorSpec((out_features, -(-in_features // 4)), torch.int32),
-        "weight_scale": TensorSpec((out_features, groups), dtype),
-    }
+def tensor_specs(
+    scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype, transposed: bool = False
+) -> dict[str, TensorSpec]:
+    """What is stored for a linear layer [N, K] whose float weight has this dtype, transposed or not."""
+    weight = TensorSpec((out_features, -(-in_features // 4)), torch.int32)
+    return {"weight": weight} | scale_specs(scheme, out_features, in_features, dtype)
 
 
-def compress(scheme: Scheme, codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Codes [N, K] and scale [N, G] as they are stored."""
+def compress(
+    scheme: Scheme,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor | None = None,
+    transposed: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Codes [N, K] and their scale as they are stored; `input_scale` with static activations."""
     padding = -codes.shape[1] % 4
     words = F.pad(codes.contiguous().view(torch.uint8), (0, padding)).contiguous().view(torch.int32)
-    return {"weight": words, "weight_scale": scale}
+    return {"weight": words} | stored_scales(scheme, scale, input_scale)
 
 
 def decompress(
-    scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int
+    scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K], a view of the stored words, and scale [N, G]."""
+    """Codes [N, K], a view of the stored words, and their scale."""
     codes = tensors["weight"].view(getattr(torch, scheme.weight_dtype))
     return codes[:, :in_features], tensors["weight_scale"]
 

@@ -9,8 +9,10 @@ from functools import cache
 from quantkit.methods.base import Method, Parameter
 
 METHODS = {
+    "smoothquant": "quantkit.methods.smoothquant:SmoothQuant",
     "w8a8": "quantkit.methods.w8a8:W8A8",
     "int8": "quantkit.methods.int8:Int8",
+    "llm-int8": "quantkit.methods.llm_int8:LLMInt8",
     "fp8": "quantkit.methods.fp8:FP8",
 }
 

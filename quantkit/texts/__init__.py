@@ -11,6 +11,8 @@ Rows are read by what they hold: `input_ids` are tokens, `context` with `continu
 document, `messages` is a conversation. Nothing is shuffled, filtered or cut.
 """
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from quantkit.texts.sets import KNOWN, read_hub, read_known, read_saved_folder
 __all__ = ["KNOWN", "Purpose", "Texts", "Tokens", "encode", "read", "tokenize"]
 
 SEPARATOR = "\n\n"
+LOOKAHEAD = 256  # tokens before a cut that may differ from those of the whole text, and are not used
 
 
 def read(
@@ -58,31 +61,59 @@ def read(
     return read_hub(text, parts, purpose, token, cache_dir)
 
 
-def tokenize(texts: Texts, tokenizer: Any = None) -> Tokens:
+def tokenize(texts: Texts, tokenizer: Any = None, limit: int | None = None) -> Tokens:
     """All tokens of the texts: documents joined by two newlines, no special token added, encoded in one go.
 
     In one go, because a tokenizer may merge across any place where the text could be cut. Conversations are rendered by
-    the tokenizer's chat template first; a passage is its context with its continuation. Raises DataError without a
-    tokenizer (or chat template) where one is needed.
+    the tokenizer's chat template first; a passage is its context with its continuation.
+
+    With `limit` these are the first so many of all tokens, or all where there are fewer, made from no more text than
+    that takes: of a tokenizer that looks ahead no further than LOOKAHEAD tokens. It is for calibration, not for
+    evaluation.
+
+    Raises DataError without a tokenizer (or chat template) where one is needed.
     """
     if texts.token_ids is not None:
-        return Tokens(texts.token_ids, None)
+        return Tokens(texts.token_ids[:limit], None)
     if tokenizer is None:
         raise DataError(
             f"{texts.name} is text and the model has no tokenizer: put the tokenizer's files in the model's folder, or "
             "give rows of input_ids"
         )
-    if texts.kind == "messages":
-        documents = _rendered(texts, tokenizer)
-    elif texts.kind == "passages":
-        documents = [context + continuation for context, continuation in texts.passages]
+    documents = _documents(texts, tokenizer)
+    if limit is None:
+        joined = SEPARATOR.join(documents)
+        ids, utf8_bytes = encode(tokenizer, joined), len(joined.encode())
     else:
-        documents = list(texts.documents)
-    joined = SEPARATOR.join(documents)
-    ids = encode(tokenizer, joined)
+        ids, utf8_bytes = _first_tokens(documents, tokenizer, limit), None
     if not ids:
         raise DataError(f"the tokenizer makes no token of {texts.name}: check that both are of the same language")
-    return Tokens(torch.tensor(ids, dtype=torch.int64), len(joined.encode()))
+    return Tokens(torch.tensor(ids, dtype=torch.int64), utf8_bytes)
+
+
+def _first_tokens(documents: Iterable[str], tokenizer: Any, limit: int) -> list[int]:
+    """The first tokens of the joined documents; the text that is encoded doubles until there are enough."""
+    rest, taken, held = iter(documents), list[str](), 0
+    size = 4 * (limit + LOOKAHEAD)  # characters
+    while True:
+        while held < size and (more := list(islice(rest, 1))):
+            taken += more
+            held += len(more[0]) + len(SEPARATOR)
+        text = SEPARATOR.join(taken)
+        ids = encode(tokenizer, text[:size])
+        if len(ids) >= limit + LOOKAHEAD or size >= len(text):
+            return ids[:limit]
+        size *= 2
+
+
+def _documents(texts: Texts, tokenizer: Any) -> Iterator[str]:
+    """The documents to be joined, made as they are asked for."""
+    if texts.kind == "messages":
+        yield from _rendered(texts, tokenizer)
+    elif texts.kind == "passages":
+        yield from (context + continuation for context, continuation in texts.passages)
+    else:
+        yield from texts.documents
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -91,14 +122,15 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(encoded["input_ids"])
 
 
-def _rendered(texts: Texts, tokenizer: Any) -> list[str]:
+def _rendered(texts: Texts, tokenizer: Any) -> Iterator[str]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
             f"{texts.name} holds conversations and the tokenizer has no chat template: give rows of text, or a "
             "tokenizer with one"
         )
     try:
-        return [tokenizer.apply_chat_template(list(c), tokenize=False) for c in texts.conversations]
+        for conversation in texts.conversations:
+            yield tokenizer.apply_chat_template(list(conversation), tokenize=False)
     except Exception as error:  # the template is the tokenizer's own program and raises what it likes
         raise DataError(
             f"{texts.name} doesn't fit the tokenizer's chat template ({first_line(error)}): mend the roles of its "

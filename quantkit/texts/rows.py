@@ -33,7 +33,10 @@ class Texts:
 
 
 class Tokens(NamedTuple):
-    """A 1-D int64 tensor of token ids, and the UTF-8 bytes of the text they stand for (None: it came as tokens)."""
+    """A 1-D int64 tensor of token ids, and the UTF-8 bytes of the text they stand for.
+
+    The bytes are None where it came as tokens, or was cut to a number of tokens.
+    """
 
     ids: torch.Tensor
     utf8_bytes: int | None
@@ -119,8 +122,14 @@ def _conversations(conversations: list[Any], name: str) -> Texts:
     for number, messages in enumerate(conversations, 1):
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise DataError(f"{name} row {number} is no conversation: expected a list of role and content objects")
-    content = (json.dumps(messages, sort_keys=True) for messages in conversations)
-    return Texts(name, "messages", _fingerprint(content, name), conversations=tuple(conversations))
+    said = tuple([_without_fillers(message) for message in messages] for messages in conversations)
+    content = (json.dumps(messages, sort_keys=True) for messages in said)
+    return Texts(name, "messages", _fingerprint(content, name), conversations=said)
+
+
+def _without_fillers(message: Row) -> Row:
+    """The message without the nulls that a table puts where only other messages have a field."""
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
 
 
 def _token_rows(rows: list[Any], name: str) -> Texts:

@@ -84,7 +84,8 @@ def _default_split(splits: Sequence[str], purpose: Purpose, spec: str, remedy: s
 def _dataset_rows(dataset: Any, column: str | None, spec: str) -> Iterable[Row]:
     names = list(dataset.column_names)
     wanted = [column] if column is not None and column in names else columns_of(names, spec)
-    rows: Iterable[Row] = dataset.select_columns(wanted)
+    # Saved with a format, such as torch's for tokens, rows would hold tensors.
+    rows: Iterable[Row] = dataset.select_columns(wanted).with_format(None)
     return rows
 
 

@@ -25,6 +25,12 @@ E4M3 = torch.float8_e4m3fn
         ("linear_dynamic", torch.int8, CPU, "torch", "cpu"),
         ("linear_weight_only", E4M3, CPU, "auto", "torch"),
         ("scaled_mm", torch.int8, META, "auto", "torch"),
+        ("linear_tensor", torch.int8, CPU, "auto", "cpu"),
+        ("linear_tensor", torch.int8, CUDA, "auto", "torch"),
+        ("linear_llm_int8", torch.int8, CPU, "auto", "cpu"),
+        ("linear_llm_int8", torch.int8, CUDA, "auto", "torch"),
+        ("linear_block", E4M3, CPU, "auto", "torch"),
+        ("linear_block", E4M3, CUDA, "auto", "torch"),
     ],
 )
 def test_selection(monkeypatch, op, dtype, device, backend, expected):
@@ -47,6 +53,9 @@ def test_auto_without_triton_is_torch_and_triton_without_triton_is_refused(monke
         ("scaled_mm", torch.int8, CPU, "triton", "on device cpu: expected tensors on a CUDA device"),
         ("scaled_mm", E4M3, CUDA, "triton", "no kernel for scaled_mm with torch.float8_e4m3fn yet"),
         ("linear_weight_only", E4M3, CUDA, "triton", "no kernel for linear_weight_only"),
+        ("linear_tensor", torch.int8, CUDA, "triton", "no kernel for linear_tensor with torch.int8 yet"),
+        ("linear_block", E4M3, CUDA, "triton", "no kernel for linear_block with torch.float8_e4m3fn yet"),
+        ("linear_llm_int8", torch.int8, CUDA, "triton", "no kernel for linear_llm_int8 with torch.int8 yet"),
     ],
 )
 def test_refusals_say_why(monkeypatch, op, dtype, device, backend, message):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from quantkit_kernels import formats, ops, reference
+from quantkit_kernels import cpu, formats, ops, reference
 from quantkit_kernels.errors import KernelError
 
 INT8 = torch.int8
@@ -142,30 +142,38 @@ def test_linear_weight_only_packed(bits, x_dtype, group_size, shape):
 
 
 def all_ops(dtype: torch.dtype, bits: int = 4):
-    """Return name -> (op, its arguments) for every registered op, on small inputs with a bias."""
+    """Return name -> (op, its arguments) for every registered op that takes the dtype, on small inputs with a bias."""
     x, weight, bias = inputs(4, (5,), torch.float32, True)
     codes, scale = formats.quantize_weight(weight, dtype)
     x_codes, x_scale = formats.quantize_per_token(x, dtype)
     packed = formats.pack_int32((weight * 0).to(INT8) + 3, bits)
-    namespace = torch.ops.quantkit
-    return {
-        "quantize_per_token": (namespace.quantize_per_token.default, (x, dtype)),
-        "scaled_mm": (
-            namespace.scaled_mm.default,
-            (x_codes, codes, x_scale, scale, bias, torch.bfloat16),
-        ),
-        "linear_dynamic": (namespace.linear_dynamic.default, (x, codes, scale, bias)),
-        "linear_weight_only": (namespace.linear_weight_only.default, (x, codes, scale, bias)),
-        "linear_weight_only_packed": (
-            namespace.linear_weight_only_packed.default,
-            (x, packed, scale, bias, bits),
-        ),
+    arguments = {
+        "quantize_per_token": (x, dtype),
+        "scaled_mm": (x_codes, codes, x_scale, scale, bias, torch.bfloat16),
+        "linear_dynamic": (x, codes, scale, bias),
+        "linear_tensor": (x, codes, scale, None, bias),
+        "linear_tensor static": (x, codes, torch.full((1,), 0.01), torch.full((1,), 0.04), bias),
+        "linear_weight_only": (x, codes, scale, bias),
+        "linear_weight_only_packed": (x, packed, scale, bias, bits),
     }
+    if dtype == INT8:
+        arguments["linear_llm_int8"] = (x, codes, scale, bias, 6.0)
+    else:
+        blocks = formats.quantize_weight(random(5, N, 256), dtype, granularity="block")
+        arguments["linear_block"] = (random(6, 5, 256), *blocks, bias)
+    return {name: (getattr(torch.ops.quantkit, name.split()[0]).default, values) for name, values in arguments.items()}
 
 
-OP_NAMES = [
-    "quantize_per_token", "scaled_mm", "linear_dynamic", "linear_weight_only", "linear_weight_only_packed",
-]  # fmt: skip
+CASES = [(name, dtype) for dtype in QUANTIZED for name in all_ops(dtype)]
+LINEARS = [(name, dtype) for name, dtype in CASES if name.startswith("linear")]
+EXACT = ("linear_dynamic", "linear_tensor", "linear_tensor static")
+"""Ops whose bits do not depend on strides: int8 products are exact, and fp8 is decoded to dense rows of x."""
+
+
+def test_every_registered_op_is_tested():
+    from quantkit_kernels.ops import _SCHEMAS
+
+    assert {name.split()[0] for name, _ in CASES} == set(_SCHEMAS)
 
 
 def same(left: object, right: object) -> None:
@@ -176,8 +184,7 @@ def same(left: object, right: object) -> None:
         assert torch.equal(one.float(), other.float())
 
 
-@pytest.mark.parametrize("dtype", QUANTIZED)
-@pytest.mark.parametrize("name", OP_NAMES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_opcheck(name, dtype):
     op, arguments = all_ops(dtype)[name]
     takes_fp8 = any(isinstance(value, torch.Tensor) and value.dtype in FP8 for value in arguments)
@@ -196,35 +203,63 @@ def test_opcheck(name, dtype):
         torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("name", ["linear_dynamic", "linear_weight_only", "linear_weight_only_packed"])
-@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize(("name", "dtype"), LINEARS)
 def test_non_contiguous_x_gives_the_same_bits_and_contiguous_outputs(name, dtype):
     op, (x, *rest) = all_ops(dtype)[name]
-    wide = torch.cat([x, x * 3]).reshape(2, 5, K)
+    wide = torch.cat([x, x * 3]).reshape(2, 5, x.shape[1])
     expected = op(wide, *rest)
     for view in (
         wide.mT.contiguous().mT,
         wide.transpose(0, 1).contiguous().transpose(0, 1),
         wide.repeat_interleave(2, dim=2)[..., ::2],
-        wide.new_zeros(2, 5, K + 3)[..., 1:-2].copy_(wide),
+        wide.new_zeros(2, 5, x.shape[1] + 3)[..., 1:-2].copy_(wide),
     ):
         assert not view.is_contiguous()
         out = op(view, *rest)
         assert out.is_contiguous()
-        assert (
-            torch.allclose(out, expected, rtol=1e-5, atol=1e-4)
-            if name != "linear_dynamic"
-            else torch.equal(out, expected)
-        )
+        assert torch.equal(out, expected) if name in EXACT else torch.allclose(out, expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", OP_NAMES)
-@pytest.mark.parametrize("dtype", [INT8, torch.float8_e4m3fn])
+def strided(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the same matrix with other strides: stored [K, N], as every other row and column, inside a larger one."""
+    rows, columns = tensor.shape
+    as_bytes = tensor.view(torch.int8)
+    inside = as_bytes.new_zeros(rows + 2, columns + 3)
+    inside[1 : rows + 1, 2 : columns + 2] = as_bytes
+    around = inside.t().contiguous().t()
+    return {
+        "transposed": as_bytes.t().contiguous().t().view(tensor.dtype),
+        "steps": as_bytes.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3].view(tensor.dtype),
+        "inside": inside[1 : rows + 1, 2 : columns + 2].view(tensor.dtype),
+        "inside, transposed": around[1 : rows + 1, 2 : columns + 2].view(tensor.dtype),
+    }
+
+
+@pytest.mark.parametrize("with_vnni", [True, False])
+@pytest.mark.parametrize(("name", "dtype"), [case for case in LINEARS if "packed" not in case[0]])
+def test_weights_of_any_strides(monkeypatch, name, dtype, with_vnni):
+    """Int8 gives the same bits (LLM.int8: where no column is an outlier); float sums may be added in another order."""
+    if with_vnni and not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor has no VNNI")
+    monkeypatch.setattr(cpu, "has_exact_int_mm", lambda: with_vnni)
+    op, (x, weight, *rest) = all_ops(dtype)[name]
+    for tokens in (0, 1, 5):
+        for values in (x[:tokens], x[:tokens].clamp(-5, 5)):
+            expected = op(values, weight, *rest)
+            exact = dtype == INT8 and (name in EXACT or (name == "linear_llm_int8" and bool((values.abs() < 6).all())))
+            for view in strided(weight).values():
+                assert torch.equal(view.float(), weight.float())
+                assert not view.is_contiguous()
+                out = op(values, view, *rest)
+                assert torch.equal(out, expected) if exact else torch.allclose(out, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [case for case in CASES if case[1] != torch.float8_e5m2])
 def test_compiled_is_eager_bit_for_bit_in_one_graph(name, dtype):
     op, arguments = all_ops(dtype)[name]
 
     def program(*values):
-        return getattr(ops, name)(*values)
+        return getattr(ops, name.split()[0])(*values)
 
     torch._dynamo.reset()
     compiled = torch.compile(program, backend="aot_eager", fullgraph=True)
@@ -252,20 +287,22 @@ def test_inductor_gives_the_same_within_one_rounding_of_what_it_fuses():
     assert ((out - expected).abs() <= 2 * U32 * (expected.abs() + (expected - residual).abs())).all()
 
 
-def test_meta_tensors_give_shapes():
-    x = torch.empty(2, 7, K, dtype=torch.bfloat16, device="meta")
-    weight = torch.empty(N, K, dtype=INT8, device="meta")
-    out = ops.linear_dynamic(x, weight, torch.empty(N, 1, device="meta"), None)
+@pytest.mark.parametrize(("name", "dtype"), LINEARS)
+@pytest.mark.parametrize("backend", [(), ("torch",)])
+def test_meta_tensors_give_shapes(name, dtype, backend):
+    op, (x, *rest) = all_ops(dtype)[name]
+    rest = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in rest]
+    out = op(torch.empty(2, 7, x.shape[1], dtype=torch.bfloat16, device="meta"), *rest, *backend)
     assert out.shape == (2, 7, N)
     assert out.dtype == torch.bfloat16
     assert out.device.type == "meta"
 
 
-@pytest.mark.parametrize("name", ["linear_dynamic", "linear_weight_only", "linear_weight_only_packed"])
-def test_backward_refuses_instead_of_differentiating_through_rounding(name):
-    op, (x, *rest) = all_ops(INT8)[name]
+@pytest.mark.parametrize(("name", "dtype"), [case for case in LINEARS if case[1] != torch.float8_e5m2])
+def test_backward_refuses_instead_of_differentiating_through_rounding(name, dtype):
+    op, (x, *rest) = all_ops(dtype)[name]
     out = op(x.requires_grad_(), *rest)
-    with pytest.raises(KernelError, match=f"quantkit.{name} has no gradient"):
+    with pytest.raises(KernelError, match=f"quantkit.{name.split()[0]} has no gradient"):
         out.sum().backward()
 
 
@@ -274,7 +311,27 @@ def bad_calls():
     packed = formats.pack_int32(codes, 4)
     ones = torch.ones
     long_codes = torch.ones(1, 2**17, dtype=INT8)
+    wide, blocks, one = ones(5, 256), torch.ones(130, 256).to(FP8[0]), ones(1)
+    too_long = "overflows int32 beyond 131071"
     return [
+        (lambda: ops.linear_dynamic(ones(1, 2**17), long_codes, ones(1, 1), None), too_long),
+        (lambda: ops.linear_tensor(ones(1, 2**17), long_codes, one, None, None), too_long),
+        (lambda: ops.linear_llm_int8(ones(1, 2**17), long_codes, ones(1, 1), None, 6.0), too_long),
+        (lambda: ops.linear_tensor(x, codes, ones(N), None, None), r"\[13\]: expected float \[13, 1\] or \[1\]"),
+        (lambda: ops.linear_tensor(x, codes, scale, ones(1, 1), None), r"input_scale is torch.float32 \[1, 1\]"),
+        (lambda: ops.linear_tensor(x, codes, scale, one.int(), None), r"input_scale is torch.int32 \[1\]"),
+        (lambda: ops.linear_tensor(x, codes, scale, one.to("meta"), None), "cpu and meta: expected one device"),
+        (lambda: ops.linear_tensor(x, codes, scale, None, one), r"bias is .* \[1\]: expected float \[13\]"),
+        (lambda: ops.linear_tensor(x, codes, one, None, None, "triton"), "no kernel for linear_tensor .*int8 yet"),
+        (lambda: ops.linear_block(wide, blocks, ones(2, 1), None), r"\[2, 1\]: expected float \[2, 2\]"),
+        (lambda: ops.linear_block(x, codes.to(FP8[0]), ones(1, 1), None), "K is 70: blocks need a multiple of 128"),
+        (lambda: ops.linear_block(wide, blocks.to(INT8), ones(2, 2), None), "int8 .*: expected .* in float8_e4m3fn"),
+        (lambda: ops.linear_block(wide, blocks, ones(2, 2), None, "triton"), "no kernel for linear_block"),
+        (lambda: ops.linear_llm_int8(x, codes.to(FP8[0]), scale, None, 6.0), r"expected \[N, K\] in int8"),
+        (lambda: ops.linear_llm_int8(x, codes, one, None, 6.0), r"expected float \[13, 1\]"),
+        (lambda: ops.linear_llm_int8(x, codes, scale, None, 0.0), "threshold is 0.0: expected a positive number"),
+        (lambda: ops.linear_llm_int8(x, codes, scale, None, math.nan), "threshold is nan"),
+        (lambda: ops.linear_llm_int8(x, codes, scale, None, 6.0, "triton"), "no kernel for linear_llm_int8"),
         (lambda: ops.quantize_per_token(ones(2, 3, 4), INT8), r"\[2, 3, 4\]: expected \[M, K\]"),
         (lambda: ops.quantize_per_token(x, torch.uint8), "torch.uint8"),
         (lambda: ops.linear_dynamic(x[:, 1:], codes, scale, None), r"expected \[\.\.\., 70\]"),

@@ -16,7 +16,6 @@ from quantkit.checkpoint import (
     decoder_blocks,
     linears,
     load_tokenizer,
-    names_of,
     open_folder,
     open_model,
     output_head,
@@ -26,6 +25,7 @@ from quantkit.checkpoint import (
     tied_parameters,
 )
 from quantkit.errors import CheckpointError
+from quantkit.naming import names_of
 
 HUB = Hub()
 

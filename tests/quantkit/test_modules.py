@@ -4,31 +4,71 @@ import io
 import models
 import pytest
 import torch
-from quantkit_kernels.formats import dequantize, quantize_per_token, quantize_weight
+from quantkit_kernels.formats import (
+    dequantize,
+    dequantize_weight,
+    quantize_per_group,
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_weight,
+)
+from schemes import SCHEMES
 
-from quantkit import formats
+from quantkit import formats, modules
 from quantkit.formats import native
-from quantkit.modules import QuantizedLinear
-from quantkit.recipe import load_recipe, recipe_names
+from quantkit.modules import QuantizedLinear, op_of, quantize_linear
 from quantkit.scheme import Scheme
 
-SCHEMES = {name: load_recipe(name).scheme for name in recipe_names()}
-N, K = 24, 256
+N, K = 136, 256
 
 
-def layer(name, dtype=torch.float32, in_features=K, bias=True):
-    """A layer of a recipe's scheme with random weights, and its codes and scale."""
+def layer(name, dtype=torch.float32, in_features=K, bias=True, form="auto", transposed=False):
+    """A layer of a scheme with random weights, and its codes and scale. Static activations saturate beyond 2."""
     scheme = SCHEMES[name]
-    layout = formats.choose(scheme)
+    layout = formats.choose(scheme, form)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(N, in_features, generator=generator).to(dtype)
-    codes, scale = quantize_weight(weight, getattr(torch, scheme.weight_dtype), scheme.group_size, scheme.weight_range)
-    made = QuantizedLinear(in_features, N, scheme, layout, bias=bias, dtype=dtype)
-    for key, tensor in layout.compress(scheme, codes, scale).items():
+    codes, scale = quantize_linear(weight, scheme)
+    limit = 2 / (127 if scheme.weight_dtype == "int8" else torch.finfo(codes.dtype).max)
+    input_scale = torch.tensor([limit]) if scheme.is_static else None
+    made = QuantizedLinear(in_features, N, scheme, layout, bias=bias, dtype=dtype, transposed=transposed)
+    for key, tensor in layout.compress(scheme, codes, scale, input_scale, transposed).items():
         made.get_buffer(key).copy_(tensor)
     if bias:
         made.bias.data = torch.randn(N, generator=generator).to(dtype)
     return made, codes, scale
+
+
+def activations(seed=1):
+    """Inputs with an outlier beyond 6 in two of the features."""
+    x = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(seed))
+    x[0, 1, 7], x[2, 4, 200] = 9.0, -20.0
+    return x
+
+
+def as_multiplied(x, made):
+    """What the layer multiplies its weight with, in float64, for x [M, K]."""
+    scheme = made.scheme
+    if scheme.activation_dtype is None:
+        return x.double()
+    dtype = getattr(torch, scheme.activation_dtype)
+    if scheme.activation == "group":
+        codes, scale = quantize_per_group(x, dtype, 128)
+        return codes.double() * scale.double().repeat_interleave(128, 1)
+    if scheme.activation != "token":
+        codes, scale = quantize_per_tensor(x, dtype, made.input_scale if scheme.is_static else None)
+        return codes.double() * scale.double()
+    outliers = (x.abs() >= (scheme.threshold or torch.inf)).any(0)
+    codes, scale = quantize_per_token(x.masked_fill(outliers, 0.0), dtype)
+    return torch.where(outliers, x.double(), codes.double() * scale.double())
+
+
+def decoded(codes, scale, scheme):
+    """The weight in float64: the exact products, or what is decoded to float32 where weights only are quantized."""
+    granularity = scheme.weight_granularity
+    if scheme.activation_dtype is None:
+        return dequantize_weight(codes, scale, granularity).double()
+    return dequantize_weight(codes, scale.double(), granularity)
 
 
 def saved_and_loaded(made):
@@ -43,21 +83,117 @@ def stored(module):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_the_output_is_the_product_of_what_is_stored(name):
-    """Float32 sums of K products are right to K * 2**-24 of the sum of magnitudes; five roundings more in the scales
-    and the bias."""
-    made, codes, scale = layer(name)
-    x = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(1))
-    weight, given = dequantize(codes, scale).double(), x.double()
-    if SCHEMES[name].activation_dtype is not None:
-        tokens, token_scale = quantize_per_token(x.reshape(-1, K), getattr(torch, SCHEMES[name].activation_dtype))
-        given = (tokens.double() * token_scale.double()).view(x.shape)
-        weight = codes.double() * scale.double()
+@pytest.mark.parametrize("form", ["auto", "quantkit"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_output_is_the_product_of_what_is_stored(name, form, transposed):
+    """Float32 sums of K products are right to K * 2**-24 of the sum of magnitudes; eight roundings more in scales, the
+    two sums of LLM.int8 and the bias."""
+    made, codes, scale = layer(name, form=form, transposed=transposed)
+    x = activations()
+    given = as_multiplied(x.reshape(-1, K), made).view(x.shape)
+    weight = decoded(codes, scale, SCHEMES[name])
     exact = given @ weight.t() + made.bias.double()
     bound = (K + 8) * 2**-24 * (given.abs() @ weight.abs().t() + made.bias.double().abs())
     out = made(x)
     assert (out.shape, out.dtype) == ((3, 5, N), torch.float32)
     assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+def test_outliers_of_llm_int8_are_not_quantized():
+    """Quantized by token, the token with 20 in it would be off by 20 / 254 in each of the other features."""
+    plain, llm = layer("w8a8")[0], layer("llm-int8")[0]
+    x = activations().reshape(-1, K)
+    error = {made: (as_multiplied(x, made) - x.double()).abs().amax(1)[14] for made in (plain, llm)}
+    assert error[plain] > 20 / 254 * 0.9
+    assert error[llm] < 6 / 254
+
+
+def test_static_activations_saturate_and_dynamic_ones_do_not():
+    x = activations().reshape(-1, K)
+    for name in ("w8a8-static", "fp8-static"):
+        assert float(as_multiplied(x, layer(name)[0]).abs().max()) == pytest.approx(2.0, rel=2**-20)
+    assert float(as_multiplied(x, layer("w8a8-tensor")[0]).abs().max()) == pytest.approx(20.0)
+
+
+OPS = {
+    "int8": "linear_weight_only_packed",
+    "int8-g128": "linear_weight_only_packed",
+    "fp8-weight-only": "linear_weight_only",
+    "w8a8": "linear_dynamic",
+    "fp8": "linear_dynamic",
+    "fp8-tensor-token": "linear_dynamic",
+    "w8a8-tensor": "linear_tensor",
+    "w8a8-static": "linear_tensor",
+    "fp8-static": "linear_tensor",
+    "fp8-block": "linear_block",
+    "llm-int8": "linear_llm_int8",
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_each_scheme_has_its_op_and_says_what_runs_it(name):
+    made = layer(name)[0]
+    assert made.op == OPS[name]
+    assert made.backend_in_use == modules.ops.select_backend(
+        OPS[name],
+        torch.int32 if "packed" in OPS[name] else made.codes_and_scale()[0].dtype,
+        torch.device("cpu"),
+        "auto",
+    )
+    assert op_of(SCHEMES["int8"], packed=False) == "linear_weight_only"
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_weight_is_quantized_as_its_scheme_says(name, dtype):
+    scheme = SCHEMES[name]
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(4)).to(dtype)
+    codes, scale = quantize_linear(weight, scheme)
+    if scheme.threshold is not None:  # in float32, as LLM.int8 has it
+        assert torch.equal(scale, weight.float().abs().amax(1, keepdim=True) / 127)
+        assert torch.equal(codes, (weight.float() / scale).round().to(torch.int8))
+        return
+    kind = getattr(torch, scheme.weight_dtype)
+    expected = quantize_weight(weight, kind, scheme.group_size, scheme.weight_range, scheme.weight_granularity)
+    assert models.same(codes, expected[0])
+    assert models.same(scale, expected[1])
+    specs = native.tensor_specs(scheme, N, K, dtype)
+    assert (tuple(scale.shape), scale.dtype) == (specs["weight_scale"].shape, specs["weight_scale"].dtype)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scale_of_another_dtype_than_the_weights_is_rounded_before_codes_are_found(name, dtype):
+    """A float32 weight that float16 and bfloat16 can hold gets just the scale and codes of its copy in that dtype (with
+    ranges by absmax); and whatever the weight, codes are the nearest of the weight / the rounded scale."""
+    scheme = SCHEMES[name]
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(6)) * 0.05
+    codes, scale = quantize_linear(weight, scheme, dtype)
+    assert scale.dtype == (torch.float32 if scheme.threshold is not None else dtype)
+    steps = dequantize_weight(torch.ones_like(codes, dtype=torch.int8), scale.float(), scheme.weight_granularity)
+    quotients = weight / steps
+    if codes.dtype == torch.int8:
+        assert torch.equal(codes.float(), quotients.round().clamp(-127, 127))
+    else:
+        largest = torch.finfo(codes.dtype).max
+        assert models.same(codes, quotients.clamp(-largest, largest).to(codes.dtype))
+    if scheme.weight_range == "absmax":
+        held = weight.to(dtype)
+        for ours, expected in zip(
+            quantize_linear(held.float(), scheme, dtype), quantize_linear(held, scheme), strict=True
+        ):
+            assert models.same(ours, expected)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_weight_is_gone_through_in_parts(name, monkeypatch):
+    scheme = SCHEMES[name]
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    whole = quantize_linear(weight, scheme, torch.float16)
+    monkeypatch.setattr(modules, "_CHUNK_ELEMENTS", 1)
+    parts = quantize_linear(weight, scheme, torch.float16)
+    assert models.same(whole[0], parts[0])
+    assert models.same(whole[1], parts[1])
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -67,12 +203,13 @@ def test_the_output_has_the_inputs_dtype(name, dtype):
     assert made(torch.randn(2, K).to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["w8a8", "int8", "fp8", "fp8-e5m2", "fp8-e5m2-weight-only"])
-def test_in_features_may_be_odd_and_bias_may_be_absent(name):
-    made, codes, scale = layer(name, in_features=51, bias=False)
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-static", "llm-int8", "int8", "fp8", "fp8-e5m2", "fp8-e5m2-weight-only"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_in_features_may_be_odd_and_bias_may_be_absent(name, transposed):
+    made, codes, scale = layer(name, in_features=51, bias=False, transposed=transposed)
     assert made.bias is None
     found, found_scale = made.codes_and_scale()
-    assert models.same(found, codes)
+    assert models.same(found.contiguous(), codes)
     assert models.same(found_scale, scale)
     assert made(torch.randn(2, 51)).shape == (2, N)
 
@@ -129,7 +266,8 @@ def test_a_copy_is_a_layer_of_its_own_with_the_same_output(name, way):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_state_dict_is_what_the_format_stores(name):
     made, codes, scale = layer(name)
-    expected = formats.choose(SCHEMES[name]).compress(SCHEMES[name], codes, scale)
+    given = made.input_scale if SCHEMES[name].is_static else None
+    expected = formats.choose(SCHEMES[name]).compress(SCHEMES[name], codes, scale, given)
     state = made.state_dict()
     assert set(state) == {*expected, "bias"}
     assert all(models.same(state[key], tensor) for key, tensor in expected.items())

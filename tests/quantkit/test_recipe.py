@@ -9,25 +9,39 @@ from hypothesis import strategies as st
 from quantkit.errors import RecipeError
 from quantkit.methods import METHODS, method_class
 from quantkit.recipe import Recipe, Step, check_pattern, load_recipe, matches, recipe_names
+from quantkit.scheme import Scheme
 
 text_ = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 globs = text_.filter(lambda text: not text.startswith("re:"))
 regexes = st.sampled_from(["re:.*", r"re:.*\.mlp\..*", "re:a|b", "re:[^x]+$"])
 
 
+numbers = {"threshold": st.floats(1e-3, 1e3), "alpha": st.floats(0, 1)}
+QUANTIZERS = [name for name in METHODS if method_class(name).quantizes]
+
+
 @st.composite
-def steps(draw):
-    name = draw(st.sampled_from(sorted(METHODS)))
-    parameters = method_class(name).parameters
-    chosen = draw(st.lists(st.sampled_from(parameters), unique=True))
-    return Step(name, {parameter.name: draw(st.sampled_from(parameter.choices)) for parameter in chosen})
+def steps(draw, names=tuple(METHODS)):
+    """A step, with some of its parameters set to a choice or a number, that is none of the refused combinations."""
+    name = draw(st.sampled_from(names))
+    parameters = {}
+    for parameter in draw(st.lists(st.sampled_from(method_class(name).parameters), unique=True)):
+        values = st.sampled_from(parameter.choices)
+        if parameter.check is not None:
+            values |= numbers[parameter.name].map(lambda number: f"{number:.6f}")
+        parameters[parameter.name] = draw(values)
+    if "static" not in parameters.get("activation", "") + parameters.get("scheme", ""):
+        parameters.pop("activation_range", None)
+    return Step(name, parameters)
 
 
 @st.composite
 def recipes(draw):
     patterns = st.lists(globs | regexes, max_size=3)
     whole = st.integers(min_value=-(2**63), max_value=2**63 - 1)
-    return Recipe.of([draw(steps())], draw(patterns), draw(patterns), draw(whole))
+    transforms = draw(st.lists(steps(("smoothquant",)), max_size=1))
+    quantizers = draw(st.lists(steps(QUANTIZERS), min_size=0 if transforms else 1, max_size=1))
+    return Recipe.of([*transforms, *quantizers], draw(patterns), draw(patterns), draw(whole))
 
 
 @given(steps())
@@ -66,16 +80,24 @@ def test_the_data_set_is_kept_in_json():
     assert Recipe.from_dict(json.loads(recipe.to_json())) == recipe
 
 
+INT8, E4M3, E5M2 = "int8", "float8_e4m3fn", "float8_e5m2"
 SCHEMES = {
-    "w8a8": ("int8", None, "int8", "absmax"),
-    "w8a8-mse": ("int8", None, "int8", "mse"),
-    "int8": ("int8", None, None, "absmax"),
-    "int8-g128": ("int8", 128, None, "absmax"),
-    "fp8": ("float8_e4m3fn", None, "float8_e4m3fn", "absmax"),
-    "fp8-weight-only": ("float8_e4m3fn", None, None, "absmax"),
-    "fp8-e5m2": ("float8_e5m2", None, "float8_e5m2", "absmax"),
-    "fp8-e5m2-weight-only": ("float8_e5m2", None, None, "absmax"),
+    "w8a8": Scheme(INT8, None, INT8),
+    "w8a8-mse": Scheme(INT8, None, INT8, "mse"),
+    "w8a8-static": Scheme(INT8, None, INT8, activation="tensor-static"),
+    "smoothquant-w8a8": Scheme(INT8, None, INT8),
+    "smoothquant-auto-w8a8": Scheme(INT8, None, INT8),
+    "llm-int8": Scheme(INT8, None, INT8, threshold=6.0),
+    "int8": Scheme(INT8),
+    "int8-g128": Scheme(INT8, 128),
+    "fp8": Scheme(E4M3, None, E4M3),
+    "fp8-static": Scheme(E4M3, None, E4M3, weight_granularity="tensor", activation="tensor-static"),
+    "fp8-block": Scheme(E4M3, None, E4M3, weight_granularity="block", activation="group"),
+    "fp8-weight-only": Scheme(E4M3),
+    "fp8-e5m2": Scheme(E5M2, None, E5M2),
+    "fp8-e5m2-weight-only": Scheme(E5M2),
 }
+OBSERVING = {"w8a8-static", "fp8-static", "smoothquant-w8a8", "smoothquant-auto-w8a8"}
 
 
 def test_every_bundled_recipe_is_known_here():
@@ -85,10 +107,10 @@ def test_every_bundled_recipe_is_known_here():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_bundled_recipes_give_their_scheme(name):
     recipe = load_recipe(name)
-    scheme = recipe.scheme
-    found = (scheme.weight_dtype, scheme.group_size, scheme.activation_dtype, scheme.weight_range)
-    assert found == SCHEMES[name]
-    assert not recipe.observes
+    assert recipe.scheme == SCHEMES[name]
+    assert recipe.observes == (name in OBSERVING)
+    alpha = {"smoothquant-w8a8": ["0.5"], "smoothquant-auto-w8a8": ["auto"]}
+    assert [step.parameters["alpha"] for step in recipe.transforms] == alpha.get(name, [])
     assert (recipe.include, recipe.ignore, recipe.seed, recipe.dataset) == ((), (), 0, None)
 
 
@@ -100,7 +122,7 @@ def test_a_file_wins_over_no_bundled_name_of_the_same_spelling(tmp_path, monkeyp
 
 
 BAD_STEPS = {
-    "gptq": ("'gptq'", "w8a8, int8, fp8", "quantkit methods"),
+    "gptq": ("'gptq'", "smoothquant, w8a8, int8, llm-int8, fp8", "quantkit methods"),
     "": ("''", "w8a8"),
     "W8A8": ("'W8A8'", "w8a8"),
     "w8a8:": ("''", "key=value"),
@@ -109,7 +131,13 @@ BAD_STEPS = {
     "w8a8:=token": ("'=token'", "key=value"),
     "w8a8:activation=token,": ("''", "key=value"),
     "w8a8:group=128": ("'group'", "activation, weight_range"),
-    "w8a8:activation=tensor": ("'tensor'", "activation=token"),
+    "w8a8:activation=row": ("'row'", "activation=token|tensor|tensor-static"),
+    "w8a8:activation_range=mse": ("'w8a8'", "activation_range=mse", "w8a8:activation=tensor-static"),
+    "fp8:scheme=block,activation_range=percentile": ("'fp8'", "activation_range=percentile", "fp8:scheme=static"),
+    "llm-int8:threshold=0": ("threshold='0'", "another positive number"),
+    "llm-int8:threshold=-6": ("threshold='-6'", "threshold=6.0"),
+    "smoothquant:alpha=1.5": ("alpha='1.5'", "0.5|auto, or a number from 0 to 1"),
+    "smoothquant:alpha=Auto": ("alpha='Auto'", "auto"),
     "int8:group=64": ("'64'", "group=channel|128"),
     "int8:group=channel=x": ("'channel=x'", "group=channel|128"),
     "int8:group=128,group=128": ("'group'", "twice"),
@@ -141,6 +169,32 @@ def test_a_recipe_needs_a_step():
 def test_two_quantizers_are_refused():
     with pytest.raises(RecipeError, match=r"w8a8 and int8.*one quantizer"):
         Recipe.of(["w8a8", "int8"])
+
+
+def test_transforms_come_before_the_quantizer():
+    recipe = Recipe.of(["smoothquant:alpha=0.75", "w8a8"])
+    assert recipe.transforms == (Step("smoothquant", {"alpha": "0.75"}),)
+    assert recipe.scheme == SCHEMES["w8a8"]
+    assert recipe.observes
+    with pytest.raises(RecipeError, match=r"smoothquant comes after w8a8.*-m smoothquant before -m w8a8"):
+        Recipe.of(["w8a8", "smoothquant"])
+    with pytest.raises(RecipeError, match="smoothquant comes after w8a8"):
+        Recipe.of(["smoothquant", "w8a8", "smoothquant"])
+
+
+def test_a_transform_is_given_once():
+    with pytest.raises(RecipeError, match=r"smoothquant is given 2 times; give it once"):
+        Recipe.of(["smoothquant", "smoothquant:alpha=auto", "w8a8"])
+
+
+def test_a_transform_alone_is_a_recipe_without_a_scheme():
+    recipe = Recipe.of(["smoothquant"])
+    assert recipe.scheme is None
+    assert recipe.observes
+
+
+def test_a_quantizer_alone_has_no_transforms():
+    assert Recipe.of(["w8a8"]).transforms == ()
 
 
 BAD_PATTERNS = ["", "re:", "re:(", "re:[z-a]", "re:*", "re:(?P<n>a)(?P<n>b)", "re:a{99999999999999999999}"]

@@ -1,0 +1,160 @@
+"""What the ops demand of their arguments: KernelError, naming what does not fit, before anything is computed.
+
+One function an op, with the op's arguments but for the backend. They look at shapes, dtypes and devices only, never
+at numbers, so that they hold for fake tensors and make no device wait.
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels import formats, generic
+from quantkit_kernels.errors import KernelError
+
+
+def quantize_per_token(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise KernelError unless `ops.quantize_per_token` can run."""
+    if x.ndim != 2 or x.dtype not in formats.FLOAT_DTYPES:
+        raise KernelError(f"x is {_shape(x)}: expected [M, K] in float32, bfloat16 or float16")
+    if dtype not in formats.QMAX:
+        raise KernelError(f"cannot quantize to {dtype}: expected int8, float8_e4m3fn or float8_e5m2")
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> None:
+    """Raise KernelError unless `ops.scaled_mm` can run."""
+    if a.dtype not in formats.QMAX or a.dtype != b.dtype:
+        raise KernelError(f"a is {a.dtype} and b {b.dtype}: expected both int8, or both the same fp8 dtype")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise KernelError(f"a is {_shape(a)} and b {_shape(b)}: expected [M, K] and [N, K]")
+    if a_scale.dtype != torch.float32 or a_scale.shape != (a.shape[0], 1):
+        raise KernelError(f"a_scale is {_shape(a_scale)}: expected torch.float32 [{a.shape[0]}, 1]")
+    _check_int32_sum(a)
+    _check_scale(b_scale, (b.shape[0], 1))
+    _check_bias(bias, b.shape[0])
+    if out_dtype not in formats.FLOAT_DTYPES:
+        raise KernelError(f"out_dtype is {out_dtype}: expected float32, bfloat16 or float16")
+    _check_devices(a, b, a_scale, b_scale, bias)
+
+
+def linear_dynamic(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise KernelError unless `ops.linear_dynamic` can run."""
+    _check_linear(x, weight, weight_scale, bias)
+    _check_scale(weight_scale, (weight.shape[0], 1))
+    _check_int32_sum(weight)
+
+
+def linear_tensor(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, bias: Tensor | None
+) -> None:
+    """Raise KernelError unless `ops.linear_tensor` can run."""
+    _check_linear(x, weight, weight_scale, bias)
+    _check_scale(weight_scale, (weight.shape[0], 1), (1,))
+    if input_scale is not None:
+        if not input_scale.is_floating_point() or input_scale.shape != (1,):
+            raise KernelError(f"input_scale is {_shape(input_scale)}: expected float [1], or None")
+        _check_devices(x, input_scale)
+    _check_int32_sum(weight)
+
+
+def linear_block(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise KernelError unless `ops.linear_block` can run."""
+    _check_linear(x, weight, weight_scale, bias)
+    if weight.dtype == torch.int8:
+        raise KernelError(f"weight is {_shape(weight)}: expected [N, K] in float8_e4m3fn or float8_e5m2")
+    out_features, in_features = weight.shape
+    if in_features % formats.BLOCK:
+        raise KernelError(
+            f"K is {in_features}: blocks need a multiple of {formats.BLOCK} in features, leave the layer in float"
+        )
+    _check_scale(weight_scale, (-(-out_features // formats.BLOCK), in_features // formats.BLOCK))
+
+
+def linear_llm_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float) -> None:
+    """Raise KernelError unless `ops.linear_llm_int8` can run."""
+    _check_linear(x, weight, weight_scale, bias)
+    if weight.dtype != torch.int8:
+        raise KernelError(f"weight is {_shape(weight)}: expected [N, K] in int8")
+    _check_scale(weight_scale, (weight.shape[0], 1))
+    if not threshold > 0:  # NaN too
+        raise KernelError(f"threshold is {threshold}: expected a positive number, such as 6.0")
+    _check_int32_sum(weight)
+
+
+def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise KernelError unless `ops.linear_weight_only` can run."""
+    _check_linear(x, weight, weight_scale, bias)
+    _check_groups(weight_scale, *weight.shape)
+
+
+def linear_weight_only_packed(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+) -> None:
+    """Raise KernelError unless `ops.linear_weight_only_packed` can run."""
+    if not 1 <= bits <= 8:
+        raise KernelError(f"{bits} bits: expected 1 to 8")
+    if x.ndim < 1:
+        raise KernelError(f"x is {_shape(x)}: expected [..., K]")
+    words = formats.packed_words(x.shape[-1], bits)
+    if weight_packed.dtype != torch.int32 or weight_packed.ndim != 2 or weight_packed.shape[1] != words:
+        raise KernelError(
+            f"weight_packed is {_shape(weight_packed)}: expected torch.int32 [N, {words}] for x {_shape(x)} "
+            f"and {bits} bits"
+        )
+    _check_x(x, x.shape[-1])
+    _check_groups(weight_scale, weight_packed.shape[0], x.shape[-1])
+    _check_bias(bias, weight_packed.shape[0])
+    _check_devices(x, weight_packed, weight_scale, bias)
+
+
+def _shape(tensor: Tensor) -> str:
+    """Return dtype and shape for a message."""
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise KernelError unless the arguments are those of a linear layer; the scale's shape is each op's own."""
+    if weight.dtype not in formats.QMAX or weight.ndim != 2:
+        raise KernelError(f"weight is {_shape(weight)}: expected [N, K] in int8, float8_e4m3fn or float8_e5m2")
+    _check_x(x, weight.shape[1])
+    _check_bias(bias, weight.shape[0])
+    _check_devices(x, weight, weight_scale, bias)
+
+
+def _check_x(x: Tensor, in_features: int) -> None:
+    if x.ndim < 1 or x.dtype not in formats.FLOAT_DTYPES or x.shape[-1] != in_features:
+        raise KernelError(f"x is {_shape(x)}: expected [..., {in_features}] in float32, bfloat16 or float16")
+
+
+def _check_scale(scale: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raise KernelError unless the scale is float and has one of the shapes."""
+    if not scale.is_floating_point() or all(scale.shape != shape for shape in shapes):
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise KernelError(f"the weight's scale is {_shape(scale)}: expected float {expected}")
+
+
+def _check_groups(scale: Tensor, out_features: int, in_features: int) -> None:
+    """Raise KernelError unless the scale is [N, G], G dividing K."""
+    groups = scale.shape[-1] if scale.ndim == 2 else 0
+    if groups < 1 or in_features % groups:
+        raise KernelError(f"weight_scale is {_shape(scale)}: expected [N, G], G dividing K = {in_features}")
+    _check_scale(scale, (out_features, groups))
+
+
+def _check_bias(bias: Tensor | None, out_features: int) -> None:
+    if bias is not None and (not bias.is_floating_point() or bias.shape != (out_features,)):
+        raise KernelError(f"bias is {_shape(bias)}: expected float [{out_features}]")
+
+
+def _check_int32_sum(codes: Tensor) -> None:
+    """Raise KernelError where an int8 product of such long rows could overflow."""
+    if codes.dtype == torch.int8 and codes.shape[-1] > generic.INT8_MAX_K:
+        raise KernelError(
+            f"K is {codes.shape[-1]}: an int8 product overflows int32 beyond {generic.INT8_MAX_K}, split it along K"
+        )
+
+
+def _check_devices(first: Tensor, *others: Tensor | None) -> None:
+    for tensor in others:
+        if tensor is not None and tensor.device != first.device:
+            raise KernelError(f"tensors are on {first.device} and {tensor.device}: expected one device")

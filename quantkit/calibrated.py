@@ -1,0 +1,288 @@
+"""Compression with calibration data: block by block, each fed with what the compressed blocks before it give.
+
+For every block: its weights are read in float32; the calibration windows run through it and what meets its weights is
+observed; smoothing groups are folded and proven; static ranges are observed on the folded block; its tensors are quantized
+and written; the quantized layers take the place of the float ones, and the windows run through again to make the next
+block's inputs. One block's weights, its statistics and the windows' hidden states are all that is in memory.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from quantkit_calibration.observers import TensorRange
+from quantkit_calibration.sequential import Calls, OrderError, run_blocks
+from quantkit_kernels.formats import QMAX, dequantize, quantize_per_tensor
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from quantkit.checkpoint import Source, empty_copy, use_plain_implementations
+from quantkit.compression import Worked, compress_linear, compress_stage
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
+from quantkit.exploration import without_cache
+from quantkit.modules import QuantizedLinear
+from quantkit.planning import Plan, Target
+from quantkit.recipe import Recipe
+from quantkit.outcome import GroupReport, Outcome
+from quantkit.shards import ShardWriter
+from quantkit.smoothing import Inputs, Proof, Smoother
+from quantkit.streaming import LazyModel, StoredWeights
+from quantkit.watching import ForcedRouting, Watch
+
+BATCH_TOKENS = 2048
+"""Windows of a batch hold this many tokens together (one window at least)."""
+
+FEW_TOKENS = 32
+"""An expert that fewer calibration tokens were sent to is shown all tokens of the first batch."""
+
+
+def compress_calibrated(
+    plan: Plan,
+    recipe: Recipe,
+    source: Source,
+    writer: ShardWriter,
+    device: torch.device,
+    windows: torch.Tensor,
+    track: Callable[[int], None],
+) -> Outcome:
+    """Calibrate, compress and write all blocks.
+
+    Args:
+        plan: what happens to which tensor.
+        recipe: its transforms are carried out in their order.
+        source: the model.
+        writer: takes the tensors.
+        device: where weights are quantized, and the blocks run.
+        windows: [W, T] token ids.
+        track: called with a block's number when it is done.
+
+    Raises:
+        CheckpointError: the model doesn't run block by block.
+    """
+    work = _Work(plan, recipe, source, writer, device)
+    size = max(1, BATCH_TOKENS // windows.shape[1])
+    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in windows.split(size)]
+    blocks = [work.model.get_submodule(f"{plan.findings.blocks}.{i}") for i in range(plan.findings.count)]
+
+    def visit(index: int, calls: Calls) -> Callable[..., Any]:
+        if calls.number:  # a model that loops through its blocks: this one is compressed already
+            return blocks[index]
+        block = work.block(index, calls)
+        track(index)
+        return block
+
+    with torch.no_grad(), work.lazy.hooked():
+        try:
+            run_blocks(work.model, blocks, batches, visit, order=plan.findings.order if work.looped else None)
+        except OrderError as error:
+            raise CheckpointError(f"{source.name} cannot be calibrated block by block: {error}") from error
+    return work.done
+
+
+class _Work:
+    """The state of one calibrated compression: a lazy model, and what has been found."""
+
+    def __init__(self, plan: Plan, recipe: Recipe, source: Source, writer: ShardWriter, device: torch.device) -> None:
+        self.plan, self.recipe, self.source, self.writer, self.device = plan, recipe, source, writer, device
+        self.scheme = recipe.scheme
+        self.model = empty_copy(source.skeleton, buffers=True).float()
+        use_plain_implementations(self.model, attention=False)
+        parts = plan.findings.blocks.split(".")
+        ancestors = [".".join(parts[:end]) for end in range(len(parts))]
+        self.lazy = LazyModel(self.model, StoredWeights(source, plan.names), ancestors, device)
+        self.stages = {stage.name: stage for stage in plan.stages}
+        self.looped = len(plan.findings.order) > plan.findings.count
+        self.done = Outcome()
+        self._undo: dict[int, list[Callable[[], None]]] = {}
+
+    def name(self, index: int) -> str:
+        """The block's name."""
+        return f"{self.plan.findings.blocks}.{index}"
+
+    def block(self, index: int, calls: Calls) -> nn.Module:
+        """Calibrate, compress and write one block; it is left with its quantized layers."""
+        if not self.looped:
+            for earlier in list(self._undo):
+                self._release(earlier)
+        name, block = self.name(index), self.model.get_submodule(self.name(index))
+        self.lazy.fill(name, block)
+        targets = [t for t in self.plan.targets.values() if t.parameter.startswith(f"{name}.")]
+        axes = {t.parameter.removeprefix(f"{name}."): t.in_axis for t in targets}
+        worked = Worked()
+        for step in self.recipe.transforms:
+            alpha = None if step.parameters["alpha"] == "auto" else float(step.parameters["alpha"])
+            self._smooth(index, block, calls, axes, alpha, worked)
+        if self.scheme is not None and self.scheme.is_static and axes:
+            worked.input_scales = self._static_scales(name, block, calls, axes)
+        kept: dict[str, dict[str, torch.Tensor]] = {}
+        stage = self.stages.get(name)
+        if stage is not None:
+            self.done.layers += compress_stage(stage, self.plan, self.source, self.writer, self.device, worked, kept)
+        if not (calls.last and not self.looped):
+            self._undo[index] = self._quantize(targets, kept)
+        return block
+
+    def _release(self, index: int) -> None:
+        """Give a block its float layers back, without weights."""
+        for step in self._undo.pop(index):
+            step()
+        self.lazy.empty(self.name(index), self.model.get_submodule(self.name(index)))
+
+    def _smooth(
+        self,
+        index: int,
+        block: nn.Module,
+        calls: Calls,
+        axes: dict[str, int],
+        alpha: float | None,
+        worked: Worked,
+    ) -> None:
+        """Fold the block's smoothing groups, each proven on the first batch."""
+        name = self.name(index)
+        structure = self.plan.findings.structures.get(index)
+        if structure is None:
+            why = self.plan.findings.untraced.get(index, "it did not run")
+            self.done.notes.append(f"{name} is not smoothed: its data flow could not be traced ({why})")
+            return
+        for refusal in structure.refusals:
+            report = GroupReport(name, refusal.parameter, refusal.kind, (), "refused", reason=refusal.reason)
+            self.done.groups.append(report)
+        inputs = Inputs(keep_rows=alpha is None, seed=self.recipe.seed)
+        # With nothing to be quantized smoothing speaks for a quantizer that comes later: all that can be folded is.
+        consumers = {edit.parameter: edit.axis for group in structure.groups for edit in group.consumers}
+        fed = {path: axis for path, axis in consumers.items() if path in axes or not self.plan.targets}
+        if not fed:
+            return
+        self._observe(name, block, calls, fed, inputs)
+        proof = Proof(lambda: _output(block, calls), [p for _, p in block.named_parameters()])
+        dtypes = self._dtypes(name, block)
+        smoother = Smoother(name, block, alpha, self.scheme, fed, dtypes, proof)
+        self.done.groups += [smoother.fold(group, inputs) for group in structure.groups]
+        for path in smoother.changed:
+            worked.changed[f"{name}.{path}"] = block.get_parameter(path).detach()
+
+    def _dtypes(self, name: str, block: nn.Module) -> dict[str, torch.dtype]:
+        """The dtype on disk of the block's parameters that a key holds as they are."""
+        stored, keys = self.source.weights.tensors, self.plan.names.keys
+        found = {path: keys.get(f"{name}.{path}") for path, _ in block.named_parameters()}
+        return {path: stored[key].dtype for path, key in found.items() if key is not None}
+
+    def _observe(self, name: str, block: nn.Module, calls: Calls, axes: dict[str, int], inputs: Inputs) -> None:
+        """Run the windows through the float block; experts that few tokens were sent to see all of the first batch."""
+        watched = {path: (block.get_parameter(path), axis) for path, axis in axes.items()}
+        with Watch(watched, inputs.see):
+            for call in calls:
+                block(*call.args, **call.kwargs)
+        experts = {path: value.shape[0] for path, (value, _) in watched.items() if value.ndim == 3}
+        for count in set(experts.values()):
+            paths = [path for path, size in experts.items() if size == count]
+            rare = _rare(inputs, paths, count)
+            first = list(rare)
+            while rare:
+                with ForcedRouting(count, rare) as routing, Watch(watched, inputs.see):
+                    block(*calls[0].args, **calls[0].kwargs)
+                left = _rare(inputs, paths, count)
+                if not routing.forced or len(left) == len(rare):
+                    break
+                rare = left
+            if first:
+                how = "calibrated with all tokens of the first windows" if not rare else "calibrated with those alone"
+                self.done.notes.append(
+                    f"experts {_listed(first)} of {name} were sent fewer than {FEW_TOKENS} calibration tokens, and {how}"
+                )
+
+    def _static_scales(
+        self, name: str, block: nn.Module, calls: Calls, axes: dict[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """The static scale [1] of what meets each weight, observed on the block as it now is."""
+        assert self.scheme is not None
+        kind, dtype = self.scheme.activation_range, getattr(torch, str(self.scheme.activation_dtype))
+        ranges = {path: TensorRange(histogram=kind != "absmax") for path in axes}
+        watched = {path: (block.get_parameter(path), axis) for path, axis in axes.items()}
+        met: set[str] = set()
+
+        def see(path: str, expert: int | None, x: torch.Tensor) -> None:
+            met.add(path)
+            ranges[path].update(x)
+
+        with Watch(watched, see):
+            for call in calls:
+                block(*call.args, **call.kwargs)
+        for path in ranges:
+            if path not in met:
+                raise QuantkitError(
+                    f"{name}.{path.removesuffix('.weight')} met no calibration token, so that it has no static range; "
+                    "--ignore it, or use activations by token"
+                )
+
+        def encode(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            codes, scale = quantize_per_tensor(values, dtype, scale.reshape(1))
+            return dequantize(codes[None], scale[None])[0]
+
+        found = {path: each.range(kind, QMAX[dtype], encode) / QMAX[dtype] for path, each in ranges.items()}
+        return {f"{name}.{path}": torch.tensor([value if value > 0 else 1.0]) for path, value in found.items()}
+
+    def _quantize(
+        self, targets: Sequence[Target], kept: dict[str, dict[str, torch.Tensor]]
+    ) -> list[Callable[[], None]]:
+        """Put quantized layers into the block; what takes them out again."""
+        undo: list[Callable[[], None]] = []
+        for target in {target.parameter: target for target in targets}.values():
+            owner, _, leaf = target.parameter.rpartition(".")
+            module = self.model.get_submodule(owner)
+            weight = module._parameters[leaf]
+            assert weight is not None
+            if target.experts:
+                codes, scale = quantize_experts(weight.detach(), target.scheme, target.in_axis, target.dtype)
+                experts = QuantizedExperts(codes, scale, target.in_axis, target.scheme, dtype=torch.float32)
+                put_experts(self.model, target.parameter, experts)
+                undo.append(lambda module=module, leaf=leaf, weight=weight: _put_back(module, leaf, weight))
+            else:
+                self.model.set_submodule(owner, self._linear(module, weight, target, kept))
+                undo.append(lambda owner=owner, module=module: self.model.set_submodule(owner, module))
+        return undo
+
+    def _linear(
+        self, module: nn.Module, weight: torch.Tensor, target: Target, kept: dict[str, dict[str, torch.Tensor]]
+    ) -> QuantizedLinear:
+        """The quantized layer of a module, with the tensors that were written for it (or made as they were)."""
+        layout = self.plan.layout
+        assert layout is not None
+        rows, columns = weight.shape if target.in_axis == 1 else (weight.shape[1], weight.shape[0])
+        bias = getattr(module, "bias", None)
+        flipped = target.in_axis == 0
+        made = QuantizedLinear(
+            columns, rows, target.scheme, layout, bias=bias is not None, dtype=torch.float32, transposed=flipped
+        )
+        tensors = kept.get(target.parameter)
+        if tensors is None:  # written in parts
+            matrix = weight.detach().t() if flipped else weight.detach()
+            tensors, _ = compress_linear(replace(target, transposed=flipped), matrix, layout, None)
+        for name, value in tensors.items():
+            made._buffers[name] = value
+        if bias is not None:
+            made.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return made.eval()
+
+
+def _put_back(module: nn.Module, leaf: str, weight: nn.Parameter) -> None:
+    del module._modules[leaf]
+    module._parameters[leaf] = weight
+
+
+def _output(block: nn.Module, calls: Calls) -> torch.Tensor:
+    """What the block gives for the first batch: its first float tensor."""
+    output = block(*calls[0].args, **calls[0].kwargs)
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+
+
+def _rare(inputs: Inputs, paths: Sequence[str], experts: int) -> list[int]:
+    """Which experts met fewer tokens than FEW_TOKENS."""
+    return [e for e in range(experts) if any(inputs.tokens.get((path, e), 0) < FEW_TOKENS for path in paths)]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"

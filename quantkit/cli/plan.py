@@ -1,0 +1,47 @@
+"""`quantkit plan`: what would be done to a model, from its config and its files' headers."""
+
+import click
+
+from quantkit.cli.options import CONTEXT, hub_options, json_option
+
+
+@click.command("plan", context_settings=CONTEXT)
+@click.argument("model")
+@click.option(
+    "-m", "--step", "steps", multiple=True, metavar="STEP", help="name[:key=value[,key=value...]]; repeatable."
+)
+@click.option("--recipe", metavar="NAME|FILE", help="A recipe that comes with quantkit, or a .toml or .json file.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these modules; repeatable.")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these modules in float; repeatable.")
+@click.option(
+    "--format",
+    type=click.Choice(["auto", "compressed-tensors", "bitsandbytes", "quantkit"]),
+    default="auto",
+    show_default=True,
+    help="How it would lie on disk.",
+)
+@click.option("--dequantize", is_flag=True, help="Take a model that is compressed already, turned into float first.")
+@click.option("--explain", is_flag=True, help="Say what the data flow showed, group by group.")
+@hub_options
+@json_option
+def command(model: str, explain: bool, as_json: bool, **options: object) -> None:
+    """Say what would be done to MODEL, and why, without reading a weight.
+
+    What a model does with its parameters is seen in one short pass with random weights, a block at a time. Every
+    weight matrix is named, quantized or left alone with the reason; with --explain every smoothing group, too.
+
+    \b
+    quantkit plan path/of/model -m smoothquant -m w8a8 --explain
+    """
+    from quantkit.checkpoint import quiet_transformers
+    from quantkit.explanation import plan_to_dict, plan_to_text
+    from quantkit.pipeline import prepare
+
+    quiet_transformers()
+    made, recipe = prepare(model, **options)  # type: ignore[arg-type]
+    if as_json:
+        import json
+
+        click.echo(json.dumps(plan_to_dict(made, recipe, model), indent=2))
+    else:
+        click.echo(plan_to_text(made, recipe, model, explain=explain))

@@ -1,0 +1,109 @@
+"""Compression of one stage: its tensors are read, changed, quantized, packed and written, one after another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from quantkit_kernels.formats import dequantize_weight
+
+from quantkit.checkpoint import Source
+from quantkit.errors import CheckpointError
+from quantkit.modules import quantize_linear
+from quantkit.planning import Plan, Stage, Target
+from quantkit.outcome import LayerReport
+from quantkit.shards import ShardWriter
+
+
+@dataclass
+class Worked:
+    """What calibration made of a block, to be written instead of what the source holds.
+
+    Attributes:
+        changed: parameters with new values (float32), by the model's names.
+        input_scales: static scales [1] of activations, by the name of the weight that they meet.
+    """
+
+    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def compress_stage(
+    stage: Stage,
+    plan: Plan,
+    source: Source,
+    writer: ShardWriter,
+    device: torch.device,
+    worked: Worked | None = None,
+    kept: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> list[LayerReport]:
+    """Read, compress and write one stage, a tensor at a time; the reports of its linear layers.
+
+    `kept` takes the written tensors of each linear layer that one key makes, by the name of its weight.
+    """
+    worked = worked or Worked()
+    changed = plan.names.written(worked.changed) if worked.changed else {}
+    layers = []
+    for key in stage.keys:
+        tensor = changed[key] if key in changed else source.weights.get(key)
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and key not in plan.unused:
+            refuse_nonfinite(tensor, key, source)
+        if key not in plan.targets:
+            writer.add({plan.renamed.get(key, key): tensor.to(source.weights.tensors[key].dtype)})
+            if not stage.is_block:
+                writer.flush()
+            continue
+        target = plan.targets[key]
+        assert plan.layout is not None
+        scale = worked.input_scales.get(target.parameter)
+        for tensors, layer in compress_target(target, tensor.to(device), plan.layout, scale):
+            writer.add(tensors)
+            layers.append(layer)
+            if kept is not None and not target.experts and len(target.prefixes) == 1 and target.whole:
+                kept[target.parameter] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
+    writer.flush()
+    return layers
+
+
+def refuse_nonfinite(tensor: torch.Tensor, key: str, source: Source) -> None:
+    """Return nothing; raise CheckpointError when a tensor holds NaN or infinity."""
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):  # one pass; NaN and infinity survive a sum
+        return
+    if not bool(torch.isfinite(tensor).all()):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+        path = source.weights.tensors[key].path
+        raise CheckpointError(
+            f"tensor {key!r} in {path} holds {kind}; the model is damaged: download or train it again"
+        )
+
+
+def compress_target(
+    target: Target, weight: torch.Tensor, layout: ModuleType, input_scale: torch.Tensor | None = None
+) -> Iterator[tuple[dict[str, torch.Tensor], LayerReport]]:
+    """The tensors of each linear layer of a target by their full names, and what they lost: one layer, or each expert."""
+    parts = weight.unbind(0) if target.fused else (weight,)
+    for prefix, part in zip(target.prefixes, parts, strict=True):
+        matrix = part.t() if target.transposed else part
+        tensors, layer = compress_linear(target, matrix, layout, input_scale)
+        if target.experts:
+            layer = LayerReport(
+                prefix.removesuffix("."), layer.scheme, layer.shape, layer.bits_per_weight, layer.weight_error
+            )
+        yield {prefix + name: value for name, value in tensors.items()}, layer
+
+
+def compress_linear(
+    target: Target, weight: torch.Tensor, layout: ModuleType, input_scale: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], LayerReport]:
+    """A float weight [N, K] as its format stores it, and what that cost."""
+    scheme = target.scheme
+    codes, scale = quantize_linear(weight, scheme, target.dtype)
+    stored = None if input_scale is None else input_scale.to(scale.dtype)
+    tensors = layout.compress(scheme, codes, scale, input_scale=stored, transposed=target.transposed)
+    exact = weight.float()
+    norm = float(torch.linalg.vector_norm(exact))
+    decoded = dequantize_weight(codes, scale, scheme.weight_granularity).float()
+    lost = float(torch.linalg.vector_norm(decoded - exact))
+    bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / weight.numel()
+    shape = (target.out_features, target.in_features)
+    return tensors, LayerReport(target.module, scheme.label, shape, bits, lost / norm if norm else 0.0)

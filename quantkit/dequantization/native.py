@@ -1,0 +1,110 @@
+"""The `quantkit` kind: quantkit's own format, whose codes lie in words (see `quantkit.formats.native`).
+
+A row of words holds K rounded up to a multiple of 4: where 4 doesn't divide it, only a group size or the model says K.
+Experts that one parameter `O.P` holds together are stored a layer an expert, as `O.0.P`, and become `O.P` again.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantkit.dequantization.base import Part, Plan, Source, damaged, need, unknown
+from quantkit.dequantization.grids import Block, Blocks, check_grid, scaled
+from quantkit.dequantization.numbers import read_floats, scale_values
+from quantkit.formats import native
+from quantkit.formats.base import Layout
+from quantkit.scheme import BLOCK, Scheme
+
+DESCRIPTION = "quantkit's own format"
+
+
+def plan(source: Source) -> Plan:
+    """The plan of a checkpoint of this kind.
+
+    Raises:
+        CheckpointError: another version of the format, codes without a scale, or shapes that don't fit.
+    """
+    layout = native.parse(source.stored)
+    modules = {target for group in layout.groups for target in group.targets}
+    made, experts = Plan(), dict[str, list[str]]()
+    for key, info in source.weights.tensors.items():
+        if not key.endswith(".weight") or info.dtype != torch.int32:
+            continue
+        module = key.removesuffix(".weight")
+        together = re.sub(r"\.\d+(\.[^.]+)$", r"\1", module)
+        if together in modules and module not in modules:
+            experts.setdefault(together, []).append(module)
+        else:
+            made.add(key, _part(source, key, [module], _scheme_of(layout, module, source.where)))
+        made.dropped.add(f"{module}.input_scale")
+    for name, members in experts.items():
+        members.sort(key=lambda member: int(member.split(".")[-2]))
+        if [int(member.split(".")[-2]) for member in members] != list(range(len(members))):
+            raise damaged(source.where, f"experts of {name!r} are missing")
+        made.add(name, _part(source, name, members, _scheme_of(layout, name, source.where)))
+    return made
+
+
+def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part:
+    """The part of one layer, or of experts that make one parameter."""
+    tensors, where = source.weights.tensors, source.where
+    first = f"{members[0]}.weight"
+    if len(tensors[first].shape) != 2:
+        raise damaged(where, f"{first!r} has the shape {list(tensors[first].shape)}, no matrix")
+    rows, words = tensors[first].shape
+    scale = need(source.weights, f"{members[0]}.weight_scale", first, where).shape
+    columns = 4 * words
+    if scheme.group_size is not None:
+        columns = scheme.group_size * (scale[-1] if scale else 1)
+    elif name in source.shapes:
+        columns = source.shapes[name][-2 if name in source.transposed else -1]
+    if -(-columns // 4) != words:
+        raise damaged(where, f"{first!r} has {words} words a row, too few or many for K = {columns}")
+    block = _block(scheme, rows, columns)
+    for member in members:
+        key = f"{member}.weight_scale"
+        check_grid(need(source.weights, key, f"{member}.weight", where).shape, (rows, columns), block, key, where)
+        if tensors[f"{member}.weight"].shape != (rows, words):
+            raise damaged(where, f"{member!r} and {members[0]!r} have different shapes")
+    is_fused = name != first
+    keys = [f"{member}.{leaf}" for leaf in ("weight", "weight_scale") for member in members]
+    shape = (len(members), rows, columns) if is_fused else (rows, columns)
+    decoder = partial(_decode, getattr(torch, scheme.weight_dtype), (rows, columns), block)
+    return Part(shape, tuple(keys), decoder)
+
+
+def _scheme_of(layout: Layout, module: str, where: str) -> Scheme:
+    """The scheme of the module; a checkpoint may leave out the model's prefix, which the config has."""
+    found = layout.scheme_of(module)
+    if found is not None:
+        return found
+    ends = {
+        group.scheme
+        for group in layout.groups
+        for target in group.targets
+        if target.endswith(f".{module}") or module.endswith(f".{target}")
+    }
+    schemes = ends or {group.scheme for group in layout.groups}
+    if len(schemes) != 1:
+        raise unknown(where, f"{module!r} is in codes, and no group of quantization_config names it")
+    return schemes.pop()
+
+
+def _block(scheme: Scheme, rows: int, columns: int) -> Block:
+    """The rows and columns of a weight that share a scale."""
+    if scheme.weight_granularity == "tensor":
+        return rows, columns
+    if scheme.weight_granularity == "block":
+        return BLOCK, BLOCK
+    return 1, scheme.group_size or columns
+
+
+def _decode(dtype: torch.dtype, shape: tuple[int, int], block: Block, *tensors: Tensor) -> Iterator[Tensor]:
+    """Yield code * scale, float32, of one layer after the other: exact for scales of 16 bits, else rounded once."""
+    half = len(tensors) // 2
+    for words, scale in zip(tensors[:half], tensors[half:], strict=True):
+        codes = words.contiguous().view(dtype)[:, : shape[1]]
+        yield from scaled(codes, read_floats, shape, Blocks(scale_values(scale), shape, block))

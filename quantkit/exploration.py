@@ -1,0 +1,232 @@
+"""Exploration: one short forward pass of a model with random weights, to see what it does with its parameters.
+
+No weight is read: each decoder block gets random weights in float32 just before it runs, is traced
+(`discovery.discover`), and loses them after. So the model's own forward pass gives every block the arguments that it
+really gets, and a block is all that is in memory. Blocks that are alike (the same modules, shapes, switches and
+arguments) are traced once.
+
+Which modules hold the blocks is seen as well: of the outermost lists of modules whose members all ran, the one with most
+parameters. A vision tower doesn't run on a text.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.checkpoint import empty_copy, output_head, use_plain_implementations
+from quantkit.discovery import Structure, discover, randomize_
+from quantkit.errors import CheckpointError
+from quantkit.streaming import LazyModel
+
+TOKENS = (2, 8)
+LARGE_BLOCK = 10**6
+"""Parameters from which a block that is like an earlier one isn't run again: its first like's output stands for its own."""
+
+
+@dataclass
+class Findings:
+    """What one pass showed.
+
+    Attributes:
+        blocks: the name of the list of decoder blocks.
+        count: its length.
+        structures: what each block does with its parameters (names inside the block), by the block's number.
+        untraced: why a block could not be traced, by its number.
+        ran: names of all modules that ran.
+        order: the numbers of the blocks in the order in which they ran; longer than `count` where the model loops.
+        ended: why the pass ended early, or None.
+    """
+
+    blocks: str
+    count: int
+    structures: dict[int, Structure] = field(default_factory=dict)
+    untraced: dict[int, str] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+    order: list[int] = field(default_factory=list)
+    ended: str | None = None
+
+
+def explore(skeleton: nn.Module, seed: int = 0, *, groups: bool = True) -> Findings:
+    """What the model's blocks do with their parameters; without `groups` only what each is used for.
+
+    Raises:
+        CheckpointError: the model has no list of blocks.
+    """
+    model = empty_copy(skeleton, buffers=True).float()
+    use_plain_implementations(model)
+    generator = torch.Generator().manual_seed(seed)
+    lists = outermost_lists(model)
+    if not lists:
+        raise CheckpointError(f"{type(model).__name__} has no list of layers to go through block by block")
+    tracer = _Tracer(model, lists, generator, groups)
+    ended = tracer.run()
+    complete = [
+        name for name, members in lists.items() if all(f"{name}.{i}" in tracer.ran for i in range(len(members)))
+    ]
+    # A pass that ended early leaves some members without a turn: then the largest list must be it.
+    chosen = max(complete or lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    found = Findings(chosen, len(lists[chosen]), ran=tracer.ran, ended=ended)
+    found.order = [int(name.rpartition(".")[2]) for name in tracer.order if name.rpartition(".")[0] == chosen]
+    for number in range(found.count):
+        name = f"{chosen}.{number}"
+        result = tracer.results.get(name)
+        if isinstance(result, Structure):
+            found.structures[number] = result
+        else:
+            found.untraced[number] = result or "it did not run"
+    return found
+
+
+def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of modules that hold parameters, by name."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inner and any(True for _ in module.parameters()):
+            lists[name] = module
+    return lists
+
+
+class _Tracer:
+    """Runs a model once, and traces every block that isn't like an earlier one."""
+
+    def __init__(
+        self, model: nn.Module, lists: Mapping[str, nn.ModuleList], generator: torch.Generator, groups: bool
+    ) -> None:
+        self.model, self.generator, self.groups = model, generator, groups
+        self.members = {f"{name}.{i}": m for name, members in lists.items() for i, m in enumerate(members)}
+        self.results: dict[str, Structure | str] = {}
+        self.ran: set[str] = set()
+        self.order: list[str] = []
+        self._tracing = False
+        self._kinds: dict[str, tuple[Structure | str, Any]] = {}
+
+    def run(self) -> str | None:
+        """None, or why the pass ended early."""
+        lazy = LazyModel(self.model, self._random)
+        self.lazy = lazy
+        ended = None
+        with torch.no_grad(), lazy.hooked():
+            self._stub_head()
+            for name, member in self.members.items():
+                member.forward = self._visitor(name, member, member.forward)  # type: ignore[method-assign]
+            try:
+                self.model(**probe(self.model))
+            except Exception as error:  # whatever the model's own code raises
+                ended = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self.ran = lazy.ran
+        return ended
+
+    def _stub_head(self) -> None:
+        """The layer that makes the logits, replaced by zeros: it is the largest, and comes last."""
+        name = output_head(self.model)
+        head = None if name is None else self.model.get_submodule(name)
+        if isinstance(head, nn.Linear):
+            size = head.out_features
+            head.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], size)  # type: ignore[method-assign]
+
+    def _visitor(self, name: str, member: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._tracing:
+                return original(*args, **kwargs)
+            self.order.append(name)
+            if name in self.results:
+                self._fill(name, member)
+                return original(*args, **kwargs)
+            kind = _kind(member, args, kwargs)
+            if kind in self._kinds:
+                self.results[name], output = self._kinds[kind]
+                if sum(p.numel() for p in member.parameters()) >= LARGE_BLOCK:
+                    return output
+                self._fill(name, member)
+                output = original(*args, **kwargs)
+            else:
+                self._fill(name, member)
+                self.results[name] = self._traced(member, args, kwargs)
+                output = original(*args, **kwargs)
+                self._kinds[kind] = (self.results[name], output)
+            self.lazy.empty(name, member)
+            return output
+
+        return forward
+
+    def _traced(self, member: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure | str:
+        """The block's structure, or why it could not be traced."""
+        self._tracing = True
+        try:
+            return discover(member, args, kwargs, groups=self.groups)
+        except Exception as error:  # the trace runs the model's own code several times
+            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        finally:
+            self._tracing = False
+
+    def _fill(self, name: str, member: nn.Module) -> None:
+        """Random weights for a block; experts, which are alike to a trace, share theirs."""
+        shapes = {path: value for path, value in member.named_parameters() if value.is_meta}
+        for path, value in shapes.items():
+            shape = (1, *value.shape[1:]) if value.ndim == 3 else value.shape
+            self._put(member, path, torch.zeros(shape))
+        randomize_(member, self.generator)
+        for path, value in shapes.items():
+            if value.ndim == 3:
+                self._put(member, path, member.get_parameter(path).detach().expand(value.shape))
+
+    @staticmethod
+    def _put(member: nn.Module, path: str, value: torch.Tensor) -> None:
+        owner, _, leaf = path.rpartition(".")
+        member.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _random(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Random values for the parameters of a module outside of the blocks."""
+        found = {}
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            value = module._parameters.get(leaf)
+            if value is None:
+                continue  # a buffer, which the constructor made
+            tensor = torch.empty(value.shape)  # of an embedding only the rows that are looked up come into being
+            rows = tensor[:ROWS] if isinstance(module, nn.Embedding) else tensor
+            if value.ndim == 1:
+                rows.normal_(1.0, 0.1, generator=self.generator)
+            else:
+                rows.normal_(0.0, 1.0, generator=self.generator)
+                if not isinstance(module, nn.Embedding):
+                    rows.mul_(value[0].numel() ** -0.5)
+            found[name] = tensor
+        return found
+
+
+ROWS = 256
+
+
+def probe(model: nn.Module, shape: tuple[int, int] = TOKENS) -> dict[str, Any]:
+    """The arguments of a short forward pass over token ids that mean nothing: no padding, no special token."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    size = getattr(config, "vocab_size", None)
+    limit = min(ROWS, size) if isinstance(size, int) else ROWS
+    special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
+    usable = [number for number in range(3, limit) if number not in special] or list(range(limit))
+    generator = torch.Generator().manual_seed(1)
+    picked = torch.randint(0, len(usable), shape, generator=generator)
+    arguments: dict[str, Any] = {"input_ids": torch.tensor(usable)[picked]}
+    return arguments | without_cache(model)
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """`use_cache=False` for a model that takes it."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def _kind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """A text that is the same for blocks that do the same: modules, shapes, switches, and the kinds of arguments."""
+    parts = [str(len(args)), *sorted(f"{key}={type(value).__name__}" for key, value in kwargs.items())]
+    for path, module in block.named_modules():
+        switches = sorted(f"{k}={v}" for k, v in vars(module).items() if isinstance(v, (bool, str)))
+        shapes = [f"{leaf}{tuple(p.shape)}" for leaf, p in module._parameters.items() if p is not None]
+        parts.append(f"{path}:{type(module).__name__}:{switches}{shapes}")
+    return "\n".join(parts)

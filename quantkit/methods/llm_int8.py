@@ -1,0 +1,28 @@
+"""llm-int8: int8 weights and activations, but for the features in which activations are large."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from quantkit.methods.base import POSITIVE, Method, Parameter
+from quantkit.scheme import Scheme
+
+
+class LLMInt8(Method):
+    """Int8 weights by row and int8 activations by token; features with an outlier, found at run time, in float."""
+
+    summary = "int8 weights and activations, with features that hold an outlier multiplied in float"
+    paper = "Dettmers et al. 2022, arXiv:2208.07339"
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        Parameter(
+            "threshold",
+            ("6.0",),
+            "the magnitude from which an activation is an outlier, which keeps its feature in float for the whole call",
+            POSITIVE,
+            "another positive number",
+        ),
+    )
+    quantizes = True
+
+    def scheme(self, parameters: Mapping[str, str]) -> Scheme:
+        """Int8 weights by row, int8 activations by token, outliers from the threshold in float."""
+        return Scheme("int8", activation_dtype="int8", threshold=float(parameters["threshold"]))
