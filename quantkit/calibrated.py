@@ -1,13 +1,14 @@
 """Compression with calibration data: block by block, each fed with what the compressed blocks before it give.
 
 For every block: its weights are read in float32; the calibration windows run through it and what meets its weights is
-observed; smoothing groups are folded and proven; static ranges are observed on the folded block; its tensors are quantized
-and written; the quantized layers take the place of the float ones, and the windows run through again to make the next
-block's inputs. One block's weights, its statistics and the windows' hidden states are all that is in memory.
+observed; smoothing groups are folded and proven; static ranges are observed on the folded block; its tensors are
+quantized and written; the quantized layers take the place of the float ones, and the windows run through again to make
+the next block's inputs. One block's weights, its statistics and the windows' hidden states are all that is in memory.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.exploration import without_cache
 from quantkit.modules import QuantizedLinear
+from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan, Target
 from quantkit.recipe import Recipe
-from quantkit.outcome import GroupReport, Outcome
 from quantkit.shards import ShardWriter
 from quantkit.smoothing import Inputs, Proof, Smoother
 from quantkit.streaming import LazyModel, StoredWeights
@@ -63,7 +64,7 @@ def compress_calibrated(
     """
     work = _Work(plan, recipe, source, writer, device)
     size = max(1, BATCH_TOKENS // windows.shape[1])
-    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in windows.split(size)]
+    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in torch.split(windows, size)]
     blocks = [work.model.get_submodule(f"{plan.findings.blocks}.{i}") for i in range(plan.findings.count)]
 
     def visit(index: int, calls: Calls) -> Callable[..., Any]:
@@ -188,9 +189,10 @@ class _Work:
                     break
                 rare = left
             if first:
-                how = "calibrated with all tokens of the first windows" if not rare else "calibrated with those alone"
+                how = "with all tokens of the first windows" if not rare else "with those alone"
                 self.done.notes.append(
-                    f"experts {_listed(first)} of {name} were sent fewer than {FEW_TOKENS} calibration tokens, and {how}"
+                    f"experts {_listed(first)} of {name} were sent fewer than {FEW_TOKENS} calibration tokens, "
+                    f"and are calibrated {how}"
                 )
 
     def _static_scales(
@@ -238,10 +240,10 @@ class _Work:
                 codes, scale = quantize_experts(weight.detach(), target.scheme, target.in_axis, target.dtype)
                 experts = QuantizedExperts(codes, scale, target.in_axis, target.scheme, dtype=torch.float32)
                 put_experts(self.model, target.parameter, experts)
-                undo.append(lambda module=module, leaf=leaf, weight=weight: _put_back(module, leaf, weight))
+                undo.append(partial(_put_back, module, leaf, weight))
             else:
                 self.model.set_submodule(owner, self._linear(module, weight, target, kept))
-                undo.append(lambda owner=owner, module=module: self.model.set_submodule(owner, module))
+                undo.append(partial(self.model.set_submodule, owner, module))
         return undo
 
     def _linear(

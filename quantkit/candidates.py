@@ -1,8 +1,9 @@
 """Candidates: every linear layer that a model has, what it is stored as, and why it stays in float if it does.
 
-A candidate is a module that computes a linear function (whatever its class), or a parameter with an axis of experts that
-the data flow shows to be multiplied like a linear weight. Where it lies in the checkpoint is found by transformers' own
-conversions (`naming`), so that experts that are merged while they are loaded are written one linear layer an expert again.
+A candidate is a module that computes a linear function (whatever its class), or a parameter with an axis of experts
+that the data flow shows to be multiplied like a linear weight. Where it lies in the checkpoint is found by the
+conversions of transformers (`naming`), so that experts that are merged while they are loaded are written one layer an
+expert again.
 """
 
 from collections.abc import Iterator

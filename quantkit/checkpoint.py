@@ -321,7 +321,7 @@ def empty_copy(model: nn.Module, *, buffers: bool = False) -> nn.Module:
 
 
 def use_plain_implementations(model: nn.Module, *, attention: bool = True) -> None:
-    """Make the model compute step by step: each expert's product by itself, and attention as products with a softmax."""
+    """Make the model compute in single steps: each expert's product by itself, attention as products and a softmax."""
     for attribute in ("_attn_implementation", "_experts_implementation"):
         if attribute == "_attn_implementation" and not attention:
             continue

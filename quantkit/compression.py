@@ -10,8 +10,8 @@ from quantkit_kernels.formats import dequantize_weight
 from quantkit.checkpoint import Source
 from quantkit.errors import CheckpointError
 from quantkit.modules import quantize_linear
-from quantkit.planning import Plan, Stage, Target
 from quantkit.outcome import LayerReport
+from quantkit.planning import Plan, Stage, Target
 from quantkit.shards import ShardWriter
 
 
@@ -80,7 +80,7 @@ def refuse_nonfinite(tensor: torch.Tensor, key: str, source: Source) -> None:
 def compress_target(
     target: Target, weight: torch.Tensor, layout: ModuleType, input_scale: torch.Tensor | None = None
 ) -> Iterator[tuple[dict[str, torch.Tensor], LayerReport]]:
-    """The tensors of each linear layer of a target by their full names, and what they lost: one layer, or each expert."""
+    """The tensors of each linear layer of a target by full name, and what was lost: one layer, or each expert."""
     parts = weight.unbind(0) if target.fused else (weight,)
     for prefix, part in zip(target.prefixes, parts, strict=True):
         matrix = part.t() if target.transposed else part

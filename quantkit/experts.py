@@ -72,8 +72,6 @@ class QuantizedExperts(Holder, nn.Module):
         backend: `auto`, `torch` or `triton`.
     """
 
-    _is_hf_initialized = True  # transformers' word for a parameter that a model's own initialization must pass by
-
     def __init__(
         self,
         codes: torch.Tensor,

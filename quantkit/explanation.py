@@ -1,6 +1,7 @@
 """A plan in words: what would happen to every tensor and why, and with detail what discovery saw, group by group."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from quantkit.discovery import Group, Structure
@@ -35,7 +36,7 @@ def plan_to_dict(plan: Plan, recipe: Recipe, model: str) -> dict[str, Any]:
             for group in structure.groups
         ],
         "refused": [
-            {"block": f"{findings.blocks}.{number}", "parameter": each.parameter, "kind": each.kind, "reason": each.reason}
+            {"block": f"{findings.blocks}.{number}", **asdict(each)}
             for number, structure in sorted(findings.structures.items())
             for each in structure.refusals
         ],

@@ -5,8 +5,8 @@ No weight is read: each decoder block gets random weights in float32 just before
 really gets, and a block is all that is in memory. Blocks that are alike (the same modules, shapes, switches and
 arguments) are traced once.
 
-Which modules hold the blocks is seen as well: of the outermost lists of modules whose members all ran, the one with most
-parameters. A vision tower doesn't run on a text.
+Which modules hold the blocks is seen as well: of the outermost lists of modules whose members all ran, the one with
+most parameters. A vision tower doesn't run on a text.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from quantkit.streaming import LazyModel
 
 TOKENS = (2, 8)
 LARGE_BLOCK = 10**6
-"""Parameters from which a block that is like an earlier one isn't run again: its first like's output stands for its own."""
+"""Parameters from which a block that is like an earlier one isn't run again: the earlier output stands for its own."""
 
 
 @dataclass
@@ -127,7 +127,7 @@ class _Tracer:
         head = None if name is None else self.model.get_submodule(name)
         if isinstance(head, nn.Linear):
             size = head.out_features
-            head.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], size)  # type: ignore[method-assign]
+            head.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], size)  # type: ignore[method-assign, assignment]
 
     def _visitor(self, name: str, member: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -234,8 +234,12 @@ class Conversions:
     knows (and after a save gives them back their names on disk), the last makes of them what the packed layers hold.
 
     Args:
-        merged: the weights that are made so.
+        merged: the weights that are made so; their tensors' shapes and dtypes have been found right.
         model: the model with its packed layers.
+
+    Attributes:
+        names: the tensors on disk that are used.
+        buffers: the full names of what is made of them, to the first that the same tensors make.
     """
 
     def __init__(self, merged: tuple[Merged, ...], model: nn.Module | None = None) -> None:

@@ -1,9 +1,9 @@
 """Checkpoint names and parameter names: which file keys make which parameter, and which keys a parameter is written to.
 
 transformers renames, merges, splits and transposes tensors while it loads a checkpoint (`core_model_loading`), and
-undoes that when it saves. Both directions are used here on a few tensors at a time, so that one block can be read, worked
-on and written without the others. The names come from a private module of transformers: the ranges in pyproject.toml say
-which releases were tried.
+undoes that when it saves. Both directions are used here on a few tensors at a time, so that one block can be read,
+worked on and written without the others. The names come from a private module of transformers: the ranges in
+pyproject.toml say which releases were tried.
 """
 
 import copy
@@ -87,8 +87,8 @@ class Names:
         }
 
     def sources(self) -> dict[str, tuple[str, ...]]:
-        """The keys that make each parameter or buffer; a converter's targets, found on the meta device, share theirs."""
-        found = {name: (key,) for name, key in self.keys.items()}
+        """The keys that make each parameter or buffer; a converter's targets share theirs."""
+        found: dict[str, tuple[str, ...]] = {name: (key,) for name, key in self.keys.items()}
         groups: dict[str, list[str]] = {}
         for key, origin in self.origins.items():
             if origin.parameter and origin.converted:
@@ -130,7 +130,7 @@ class Names:
         except Exception as error:  # whatever an operation does with tensors that don't fit it
             reason = " ".join(str(error).split()) or repr(error)
             raise CheckpointError(
-                f"{name!r} cannot be made of its tensors ({reason}); a shard may be missing: download the checkpoint again"
+                f"{name!r} cannot be made of its tensors ({reason}); a shard may be missing: download it again"
             ) from error
         return {key: value[0] if isinstance(value, list) else value for key, value in values.items()}
 

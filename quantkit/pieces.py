@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from quantkit_kernels.formats import FLOAT_DTYPES
 
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats import FORMATS, TensorSpec
 from quantkit.scheme import Scheme
 
@@ -21,7 +21,15 @@ SCALE, STATIC = "weight_scale", "input_scale"
 def expert_specs(
     layout: ModuleType, scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype, transposed: bool
 ) -> dict[str, TensorSpec]:
-    """What is stored for one expert of a parameter that holds them all, out x in or (transposed) in x out."""
+    """What is stored for one expert of a parameter that holds them all, out x in or (transposed) in x out.
+
+    Raises:
+        RecipeError: groups of in features in an in x out parameter, whose scales no format has a place for.
+    """
+    if transposed and scheme.group_size is not None:
+        raise RecipeError(
+            f"experts in x out [{in_features}, {out_features}] have no groups of {scheme.group_size}; use group=channel"
+        )
     if not transposed:
         specs: dict[str, TensorSpec] = layout.tensor_specs(scheme, out_features, in_features, dtype)
         return specs

@@ -19,8 +19,8 @@ from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
 from quantkit.errors import DataError, QuantkitError, RecipeError
 from quantkit.memory import peak_memory_bytes
-from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
 from quantkit.outcome import Outcome
+from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
 from quantkit.pairing import Pair, check_vocabulary, require_tokenizer, tokenizer_of, window_length
 from quantkit.planning import Plan, make_plan
 from quantkit.progress import Steps
@@ -31,6 +31,9 @@ from quantkit.texts import read, tokenize
 from quantkit.verification import verify
 
 RECIPE_FILE = "quantkit_recipe.json"
+
+CHOICE = 16
+"""Calibration windows are chosen among this many times as many, from the start of the data."""
 
 log = logging.getLogger("quantkit")
 
@@ -100,8 +103,8 @@ def quantize(
         log.warning("--seq-len %s is unused: nothing is observed or evaluated", seq_len)
     if made.observes and dataset is None:
         raise RecipeError(
-            f"{', '.join(map(str, made.steps))} observes activations and needs data; give --dataset SPEC (a file such as "
-            "text.txt, a data set of the hub, or demo for the demo model's own)"
+            f"{', '.join(map(str, made.steps))} observes activations and needs data; give --dataset SPEC "
+            "(a file such as text.txt, or a data set)"
         )
     hub = Hub(revision, token, cache_dir, trust_remote_code)
     source = open_source(model, hub, tokenizer, dequantize=dequantize)
@@ -207,30 +210,28 @@ def calibration_data(
     source: Source, model: str | Path | nn.Module, recipe: Recipe, data: "Data", hub: Hub
 ) -> tuple[torch.Tensor, Recipe]:
     """Windows [W, T] to calibrate on, and the recipe with what they were taken from."""
-    texts = read(
-        data.spec, purpose="calibration", data_dir=data.folder, token=hub.token, cache_dir=hub.cache_dir
-    )
+    texts = read(data.spec, purpose="calibration", data_dir=data.folder, token=hub.token, cache_dir=hub.cache_dir)
     tokenizer = source.tokenizer or (tokenizer_of(model, hub) if texts.kind != "tokens" else None)
     require_tokenizer(texts, tokenizer, source.name)
     length = window_length(Pair(source.skeleton, source.name, None, ""), data.seq_len)
-    ids = tokenize(texts, tokenizer).ids
+    ids = tokenize(texts, tokenizer, limit=CHOICE * data.samples * length).ids
     if ids.numel() < length:
         raise DataError(
-            f"{texts.name} has {ids.numel():,} tokens, less than one window of seq_len {length}: give more text or choose "
-            "a smaller --seq-len"
+            f"{texts.name} has {ids.numel():,} tokens, less than one window of seq_len {length}: give more text or "
+            "choose a smaller --seq-len"
         )
     generator = torch.Generator().manual_seed(recipe.seed)
     windows = calibration_windows(ids, data.samples, length, generator)
     check_vocabulary(source.skeleton, source.name, int(windows.max()))
     if len(windows) < data.samples:
-        log.warning("%s holds %d windows of %d tokens, fewer than %d samples", texts.name, len(windows), length, data.samples)
+        log.warning("%s holds %d windows of %d tokens, not %d", texts.name, len(windows), length, data.samples)
     record = {"name": texts.name, "fingerprint": texts.fingerprint, "windows": len(windows), "seq_len": length}
     return windows, replace(recipe, dataset=record)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What to calibrate on: a SPEC, how many windows, tokens of a window (None: the default), and where known sets lie."""
+    """What to calibrate on: a SPEC, how many windows, their tokens (None: the default), and where known sets lie."""
 
     spec: str
     samples: int

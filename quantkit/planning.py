@@ -151,7 +151,8 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
     judge = Reasons(source, recipe, names, findings)
     reasons = {candidate.name: judge.of(candidate) for candidate in candidates}
     scheme = recipe.scheme
-    chosen, targets = None, {}
+    chosen: ModuleType | None = None
+    targets: dict[str, Target] = {}
     if scheme is not None:
         chosen = layout if isinstance(layout, ModuleType) else _layout(scheme, layout, candidates, reasons)
         for candidate in candidates:
@@ -186,7 +187,7 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
 
 
 def _ignored(candidates: Iterable[Candidate], left: dict[str, str], layout: ModuleType | None) -> tuple[str, ...]:
-    """What is left in float, for a config: modules by name, experts (compressed-tensors) by the regex of their layers."""
+    """What is left in float, for a config: modules by name, experts (compressed-tensors) by a regex of their layers."""
     found = []
     for candidate in candidates:
         if candidate.name not in left:

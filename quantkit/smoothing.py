@@ -2,8 +2,8 @@
 
 For each group (a producer and the linear weights that its output goes to) a channel of the activations is divided by
 s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (equation 4), and the weights' columns are multiplied by it. The division is
-folded into the producer: a norm's gain and bias, or the rows of another linear weight. Absolute maxima of X / s are those
-of X divided by s, so nothing has to be observed again.
+folded into the producer: a norm's gain and bias, or the rows of another linear weight. Absolute maxima of X / s are
+those of X divided by s, so nothing has to be observed again.
 
 A gain is stored in the model's dtype, so that gain / s would be rounded and the block's function changed. Here s is
 chosen so that it isn't: the gain is rounded first, and s is what was really divided by.
@@ -17,7 +17,13 @@ from dataclasses import dataclass, field
 
 import torch
 from quantkit_calibration.observers import ChannelAbsmax, Reservoir
-from quantkit_kernels.formats import dequantize, dequantize_weight, quantize_per_token
+from quantkit_kernels.formats import (
+    dequantize,
+    dequantize_weight,
+    quantize_per_group,
+    quantize_per_tensor,
+    quantize_per_token,
+)
 from torch import nn
 
 from quantkit.discovery import Edit, Group, apply_group, channel_absmax
@@ -36,7 +42,7 @@ SEARCH_EXPERTS = 8
 
 @dataclass
 class Inputs:
-    """What was observed of the activations that meet each weight of a block, by parameter and expert (None: no experts).
+    """What was observed of the activations that meet each weight of a block, by parameter and expert (or None).
 
     Args:
         keep_rows: whether a sample of the tokens is kept, for a search.
@@ -223,22 +229,32 @@ def positions(scale: torch.Tensor, edit: Edit) -> torch.Tensor:
 
 
 def quantized_product(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """X @ W.T [R, N] in float32 with both sides as the scheme rounds them (activations per token where it is static)."""
+    """X @ W.T [R, N] in float32 with both sides as the scheme rounds them.
+
+    Where one scale serves all activations it is taken from these.
+    """
     codes, scale = quantize_linear(weight, scheme)
     decoded = dequantize_weight(codes, scale, scheme.weight_granularity).float()
     if scheme.activation_dtype is None:
         return x @ decoded.t()
-    rounded = dequantize(*quantize_per_token(x, getattr(torch, scheme.activation_dtype)))
+    dtype = getattr(torch, scheme.activation_dtype)
+    if scheme.activation == "group":
+        rounded = dequantize(*quantize_per_group(x, dtype))
+    elif scheme.activation == "token":
+        rounded = dequantize(*quantize_per_token(x, dtype))
+    else:
+        found, one = quantize_per_tensor(x, dtype)
+        rounded = dequantize(found, one.view(1, 1))
     return rounded @ decoded.t()
 
 
 class Proof:
     """Whether a block still gives what it gave.
 
-    The bound: a product over K terms in float32 rounds with a relative error of about sqrt(K) * 2**-24 of its terms, and
-    a fold leaves every product's terms the same but for a rounding each. So outputs may differ by
-    SAFETY * (1 + products) * sqrt(K) * 2**-23 of the size of what is summed: of the largest magnitude of their feature,
-    plus the root mean square of all.
+    The bound: a product over K terms in float32 rounds with a relative error of about sqrt(K) * 2**-24 of its terms,
+    and a fold leaves every product's terms the same but for a rounding each. So outputs may differ by
+    SAFETY * (1 + products) * sqrt(K) * 2**-23 of the size of what is summed: of the largest magnitude of their
+    feature, plus the root mean square of all.
 
     Args:
         run: the block's output as one tensor [..., H].

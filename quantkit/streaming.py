@@ -58,8 +58,8 @@ class LazyModel:
     Args:
         model: a skeleton on the meta device, with real buffers, in float32.
         provide: the values of parameters and buffers by name.
-        kept: names of modules that keep their own parameters once they have them: those that blocks lie in, when several
-            forward passes are inside of them at once.
+        kept: names of modules that keep their own parameters once they have them: those that blocks lie in, when
+            several forward passes are inside of them at once.
         device: where the values are put.
     """
 

@@ -23,7 +23,7 @@ PRODUCTS = {
 """Where each product has its operands."""
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells, for every product with a watched parameter, what it is multiplied with.
 
     Args:
@@ -32,7 +32,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, parameters: Mapping[str, tuple[torch.Tensor, int]], see: See) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._see = see
         self._known = {p.untyped_storage().data_ptr(): (name, p, axis) for name, (p, axis) in parameters.items()}
 
@@ -68,7 +68,7 @@ class Watch(TorchDispatchMode):
             self._see(name, int(expert), activations)
 
 
-class ForcedRouting(TorchDispatchMode):
+class ForcedRouting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes every token choose the same experts, whatever its router says.
 
     A router that takes the `topk` of as many scores as there are experts gets these instead, with their own scores.
@@ -79,7 +79,7 @@ class ForcedRouting(TorchDispatchMode):
     """
 
     def __init__(self, experts: int, chosen: list[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._experts = experts
         self._order = [*chosen, *(number for number in range(experts) if number not in chosen)]
         self.forced = False

@@ -153,6 +153,13 @@ def need_shape(info: TensorInfo, expected: Sequence[int], key: str, where: str) 
         raise damaged(where, f"{key!r} is {list(info.shape)} where {list(expected)} is expected")
 
 
+def need_matrix(info: TensorInfo, key: str, where: str) -> tuple[int, ...]:
+    """The shape of a stored weight, or CheckpointError when it holds no matrix."""
+    if len(info.shape) < 2 or 0 in info.shape:
+        raise damaged(where, f"{key!r} has the shape {list(info.shape)}, no matrix")
+    return info.shape
+
+
 def runs(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """The first and past-last row of every piece of a matrix."""
     step = max(1, PIECE // max(columns, 1))

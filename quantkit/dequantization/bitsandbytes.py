@@ -24,7 +24,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.dequantization.base import PIECE, Part, Plan, Source, Tensors, damaged, need, need_shape, runs, unknown
+from quantkit.dequantization.base import (
+    PIECE,
+    Part,
+    Plan,
+    Source,
+    Tensors,
+    damaged,
+    need,
+    need_matrix,
+    need_shape,
+    runs,
+    unknown,
+)
 from quantkit.dequantization.numbers import pairs
 
 DESCRIPTION = "int8, NF4 and FP4 of bitsandbytes"
@@ -64,7 +76,7 @@ def plan(source: Source) -> Plan:
 
 def _add_int8(made: Plan, weights: Tensors, key: str, where: str) -> None:
     """Take an int8 weight into the plan."""
-    shape = weights.tensors[key].shape
+    shape = need_matrix(weights.tensors[key], key, where)
     stem = key.removesuffix("weight")
     keys = [key, f"{stem}SCB"]
     if len(shape) != 2:

@@ -23,7 +23,7 @@ import torch
 from quantkit_kernels.formats import packed_words, unpack_int32
 from torch import Tensor
 
-from quantkit.dequantization.base import Part, Plan, Source, Tensors, damaged, need, need_shape, unknown
+from quantkit.dequantization.base import Part, Plan, Source, Tensors, damaged, need, need_matrix, need_shape, unknown
 from quantkit.dequantization.grids import Block, Blocks, check_grid, grid, scaled
 from quantkit.dequantization.numbers import FP8_DTYPES, e2m1, read_floats, scale_values
 from quantkit.dequantization.schemes import Weights, scheme_finder
@@ -111,9 +111,7 @@ def _block(scheme: Weights, shape: tuple[int, ...]) -> Block:
 def _plain(module: Module) -> Part:
     """The part of codes that are stored one by one."""
     key = module.key("weight")
-    shape = module.weights.tensors[key].shape
-    if len(shape) < 2:
-        raise damaged(module.where, f"{key!r} has the shape {list(shape)}, no matrix")
+    shape = need_matrix(module.weights.tensors[key], key, module.where)
     shape = (*shape[:-2], shape[-1], shape[-2]) if module.is_turned else shape
     names = _scaling(module, shape, packed=False)
     return Part(shape, (key, *names.values()), partial(_decode_ints, module, shape, list(names)))
@@ -122,9 +120,9 @@ def _plain(module: Module) -> Part:
 def _packed(module: Module) -> Part:
     """The part of integers that are packed into words of 32 bits."""
     key, scheme = module.key("weight_packed"), module.scheme
-    words = module.weights.tensors[key].shape
-    if scheme.kind != "int" or len(words) < 2:
-        raise damaged(module.where, f"{key!r} is int32 {list(words)}, which config.json calls {scheme.kind}")
+    words = need_matrix(module.weights.tensors[key], key, module.where)
+    if scheme.kind != "int":
+        raise damaged(module.where, f"{key!r} is int32, which config.json calls {scheme.kind}")
     scale = module.weights.tensors[module.key("weight_scale")].shape
     columns = scale[-1] * scheme.group_size if scheme.strategy == "group" and scale else 0
     if packed_words(columns, scheme.bits) != words[-1]:
@@ -167,6 +165,8 @@ def _scaling(module: Module, shape: tuple[int, ...], *, packed: bool) -> dict[st
         raise damaged(where, f"{names['weight_scale']!r} is asymmetric and stored without its weight_zero_point")
     if "weight_g_idx" in names:
         need_shape(tensors[names["weight_g_idx"]], (shape[-1],), names["weight_g_idx"], where)
+        if tensors[names["weight_g_idx"]].dtype not in (torch.int32, torch.int64):
+            raise damaged(where, f"{names['weight_g_idx']!r} is no list of whole numbers")
     return names
 
 
@@ -185,7 +185,8 @@ def _decode_ints(
         points = of["weight_zero_point"]
         if codes.dtype == torch.int32 and points.dtype == torch.int32:
             rows = grid(shape, block)[-2]
-            points = unpack_int32(points.transpose(-1, -2).contiguous(), bits, rows).transpose(-1, -2)
+            words = points.mT.clone(memory_format=torch.contiguous_format)  # strides too, of a single word
+            points = unpack_int32(words, bits, rows).mT
         zero = Blocks(points.float(), shape, block, places)
     codes = codes.mT if module.is_turned and codes.dtype != torch.int32 else codes
     read = read_floats
@@ -216,9 +217,8 @@ def _packed_floats(module: Module) -> Part:
             module.where,
             f"{key!r} is {info.dtype}, and {scheme.bits} bits {scheme.kind} by {scheme.strategy} are not decoded so",
         )
-    if len(info.shape) < 2:
-        raise damaged(module.where, f"{key!r} has the shape {list(info.shape)}, no matrix")
-    shape = (*info.shape[:-1], 2 * info.shape[-1])
+    *lead, width = need_matrix(info, key, module.where)
+    shape = (*lead, 2 * width)
     keys = [key, module.key("weight_scale")]
     check_grid(module.weights.tensors[keys[1]].shape, shape, _block(scheme, shape), keys[1], module.where)
     if module.has("weight_global_scale"):

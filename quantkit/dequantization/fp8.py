@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.dequantization.base import Part, Plan, Source, damaged, unknown
+from quantkit.dequantization.base import Part, Plan, Source, damaged, need_matrix, unknown
 from quantkit.dequantization.grids import Block, Blocks, check_grid, scaled
 from quantkit.dequantization.numbers import FP8_DTYPES, PACKED_DTYPES, e2m1, read_floats, scale_values
 
@@ -48,9 +48,8 @@ def plan(source: Source) -> Plan:
             continue
         if not is_code and info.dtype not in PACKED_DTYPES:
             raise damaged(where, f"{key!r} is {info.dtype} and stored beside {scale!r}, which scales FP8")
-        if len(info.shape) < 2:
-            raise damaged(where, f"{key!r} has the shape {list(info.shape)}, no matrix")
-        shape = tuple(info.shape) if is_code else (*info.shape[:-1], 2 * info.shape[-1])
+        *lead, width = need_matrix(info, key, where)
+        shape = (*lead, width if is_code else 2 * width)
         chosen = _block_of(weights.tensors[scale].shape, shape, block) if is_code else MX_BLOCK
         check_grid(weights.tensors[scale].shape, shape, chosen, scale, where)
         made.add(key, Part(shape, (key, scale), partial(_decode, shape, chosen)))

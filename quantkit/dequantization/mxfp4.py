@@ -29,7 +29,7 @@ def plan(source: Source) -> Plan:
         name = key.removesuffix("_blocks")
         if name == key:
             continue
-        if info.dtype != torch.uint8 or len(info.shape) != 4 or info.shape[-1] != BYTES:
+        if info.dtype != torch.uint8 or len(info.shape) != 4 or info.shape[-1] != BYTES or 0 in info.shape:
             raise damaged(
                 where, f"{key!r} is {info.dtype} {list(info.shape)} where uint8 [E, N, K/32, {BYTES}] is expected"
             )

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.dequantization.base import Part, Plan, Source, damaged, need, unknown
+from quantkit.dequantization.base import Part, Plan, Source, damaged, need, need_matrix, unknown
 from quantkit.dequantization.grids import Block, Blocks, check_grid, scaled
 from quantkit.dequantization.numbers import read_floats, scale_values
 from quantkit.formats import native
@@ -52,9 +52,9 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
     """The part of one layer, or of experts that make one parameter."""
     tensors, where = source.weights.tensors, source.where
     first = f"{members[0]}.weight"
-    if len(tensors[first].shape) != 2:
+    *lead, rows, words = need_matrix(tensors[first], first, where)
+    if lead:
         raise damaged(where, f"{first!r} has the shape {list(tensors[first].shape)}, no matrix")
-    rows, words = tensors[first].shape
     scale = need(source.weights, f"{members[0]}.weight_scale", first, where).shape
     columns = 4 * words
     if scheme.group_size is not None:

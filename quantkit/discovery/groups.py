@@ -35,21 +35,22 @@ def search(trace: Trace, weights: Weights, name: str, axis: int, kind: str, gene
     """The group of one producer, not yet proven."""
     count = trace.parameters[name].size(axis)
     scalings = {name: Scaling(axis, encode(torch.arange(count), 1))}
-    reason = ""
+    reason, normalized = "", False
     for _ in range(PASSES):
         found = Pass(trace, scalings, count, weights, generator).run()
         if found.blocked and not reason:
             reason = next(iter(found.blocked.values()))
+        normalized = normalized or (found.gain is not None and found.prober.equal_rows(*found.gain))
         changed = _changed(scalings, found)
         if not changed[name].channels:
-            return Search(None, reason, _normalized(found))
+            return Search(None, reason, normalized)
         if _same(changed, scalings):
             break
         scalings = changed
     else:
-        return Search(None, f"its scales weren't undone after {PASSES} passes", _normalized(found))
+        return Search(None, f"its scales weren't undone after {PASSES} passes", normalized)
     group = _group(scalings, name, kind)
-    return Search(group, reason or "no linear weight takes its output", _normalized(found))
+    return Search(group, reason or "no linear weight takes its output", normalized)
 
 
 def _changed(scalings: dict[str, Scaling], found: Pass) -> dict[str, Scaling]:
@@ -65,10 +66,6 @@ def _same(one: dict[str, Scaling], other: dict[str, Scaling]) -> bool:
     return one.keys() == other.keys() and all(
         torch.equal(one[name].codes, other[name].codes) and one[name].offset == other[name].offset for name in one
     )
-
-
-def _normalized(found: Pass) -> bool:
-    return found.gain is not None and found.prober.equal_rows(*found.gain)
 
 
 def _group(scalings: dict[str, Scaling], name: str, kind: str) -> Group | None:

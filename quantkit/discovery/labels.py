@@ -137,6 +137,8 @@ class Signatures:
 
     def _read(self, exponents: Tensor) -> tuple[Tensor, Tensor]:
         """The codes that some exponents [rounds, ...] spell, and where they spell one."""
+        if not bool(exponents.any()):
+            return torch.zeros_like(exponents[0]), torch.ones_like(exponents[0], dtype=torch.bool)
         # The first round's exponents are odd and negative at power 1, so they tell the power.
         power = -exponents[0].sign() * torch.where(exponents[0] % 2 == 1, 1, 2)
         digits = exponents * power.sign() // power.abs().clamp(min=1)

@@ -54,37 +54,39 @@ def _codes(channels: set[int]) -> Tensor:
 
 
 class Windows:
-    """Labels of tensors, kept by storage."""
+    """Labels of tensors, kept by storage and size of an element (a complex view of real numbers is another matter)."""
 
     def __init__(self, parameters: dict[str, Tensor], scalings: dict[str, Scaling]) -> None:
         self._parameters, self._scalings = parameters, scalings
-        self._labels: dict[int, Tensor] = {}
+        self._labels: dict[tuple[int, int], Tensor] = {}
 
     def of(self, slot: Slot) -> Tensor | None:
         """The label of a tensor, or None if no element carries a scale. Size 1 where it doesn't change, if known."""
+        home = (slot.storage, slot.tensor.itemsize)
         if slot.parameter is not None:
             scaling = self._scalings.get(slot.parameter)
             if scaling is None:
                 return None
             label = scaling.codes[positions(slot, self._parameters[slot.parameter], scaling.axis)]
-        elif slot.storage in self._labels:
-            label = self._labels[slot.storage].as_strided(slot.size, slot.stride, slot.offset)
+        elif home in self._labels:
+            label = self._labels[home].as_strided(slot.size, slot.stride, slot.offset)
         else:
             return None
         return label if bool((label > 0).any()) else None
 
     def put(self, slot: Slot, label: Tensor) -> None:
         """Keep the label of a tensor that was just written."""
-        if slot.storage not in self._labels:
+        home = (slot.storage, slot.tensor.itemsize)
+        if home not in self._labels:
             if not bool((label > 0).any()):
                 return
             elements = slot.tensor.untyped_storage().nbytes() // slot.tensor.itemsize
-            self._labels[slot.storage] = torch.zeros(elements, dtype=torch.int64)
-        self._labels[slot.storage].as_strided(slot.size, slot.stride, slot.offset).copy_(label)
+            self._labels[home] = torch.zeros(elements, dtype=torch.int64)
+        self._labels[home].as_strided(slot.size, slot.stride, slot.offset).copy_(label)
 
-    def stored(self, storage: int) -> Tensor:
-        """The labels of a whole storage, flat; empty if nothing in it ever carried a scale."""
-        return self._labels.get(storage, torch.empty(0, dtype=torch.int64))
+    def stored(self, storage: int) -> list[Tensor]:
+        """The labels of a whole storage, flat."""
+        return [label for (home, _), label in self._labels.items() if home == storage]
 
 
 class Weights:
@@ -171,7 +173,7 @@ class Pass:
             (self.trace.left, "its output is handed on to other blocks"),
         ):
             for storage in sorted(storages):
-                self._block(reason, self.windows.stored(storage))
+                self._block(reason, *self.windows.stored(storage))
         return self
 
     def step(self, op: Op) -> None:

@@ -33,8 +33,8 @@ class Reasons:
                 return f"its output also goes to the residual stream ({op.name})"
             return f"its output is added to another activation ({op.name})"
         if multiplies_activations(op):
-            if read and activations:
-                return f"{read[0]} is multiplied with other activations as well ({op.name})"
+            if read and others:
+                return f"{read[0]} is multiplied with something else as well ({op.name})"
             if activations or len(scaled) > 1:
                 return f"its output is multiplied with another activation ({op.name}), as in attention scores"
             return f"its channels are mixed by a product that isn't scaled along them ({op.name})"

@@ -7,6 +7,7 @@ parameter's storage, and an operation in place changes what every other view of 
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Op:
     is_view: bool
     reinterprets: bool
 
-    @property
+    @cached_property
     def slots(self) -> list[Slot]:
         """The tensors it took."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Slot)]

@@ -12,7 +12,6 @@ document, `messages` is a conversation. Nothing is shuffled, filtered or cut.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +92,16 @@ def tokenize(texts: Texts, tokenizer: Any = None, limit: int | None = None) -> T
 
 def _first_tokens(documents: Iterable[str], tokenizer: Any, limit: int) -> list[int]:
     """The first tokens of the joined documents; the text that is encoded doubles until there are enough."""
-    rest, taken, held = iter(documents), list[str](), 0
+    rest, taken, length = iter(documents), list[str](), 0
     size = 4 * (limit + LOOKAHEAD)  # characters
     while True:
-        while held < size and (more := list(islice(rest, 1))):
-            taken += more
-            held += len(more[0]) + len(SEPARATOR)
-        text = SEPARATOR.join(taken)
-        ids = encode(tokenizer, text[:size])
-        if len(ids) >= limit + LOOKAHEAD or size >= len(text):
+        for document in rest:
+            length += len(document) + len(SEPARATOR) * bool(taken)
+            taken.append(document)
+            if length > size:
+                break
+        ids = encode(tokenizer, SEPARATOR.join(taken)[:size])
+        if len(ids) >= limit + LOOKAHEAD or size >= length:
             return ids[:limit]
         size *= 2
 

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, HrmTextConfig
 
 from quantkit import formats, load
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.experts import QuantizedExperts, quantized_experts
 from quantkit.modules import QuantizedLinear, quantize_linear
+from quantkit.pieces import compress_expert, expert_specs
 from quantkit.scheme import Scheme
 
 IDS = torch.arange(20).view(2, 10) * 7 % 256
@@ -212,6 +213,28 @@ def test_a_layer_that_is_split_while_it_is_loaded_keeps_its_rows(tmp_path, schem
     assert all(models.same(tensor, tensors[key]) for key, tensor in after.items())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("scheme", [INT8, FP8, E5M2, Scheme("int8", 16)], ids=lambda scheme: scheme.label)
+def test_an_expert_is_stored_as_it_is_said(scheme, transposed):
+    """In the parameter's own layout: the scale's shape says which, also where both axes are equally long."""
+    codes, scale = quantize_linear(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)), scheme)
+    layout, size = formats.native, (32, 32, torch.float32)
+    if transposed and scheme.group_size is not None:
+        with pytest.raises(RecipeError, match="no groups of 16"):
+            expert_specs(layout, scheme, *size, transposed)
+        return
+    stored, specs = (
+        compress_expert(layout, scheme, codes, scale, transposed),
+        expert_specs(layout, scheme, *size, transposed),
+    )
+    assert {leaf: (tuple(t.shape), t.dtype) for leaf, t in stored.items()} == {
+        leaf: (spec.shape, spec.dtype) for leaf, spec in specs.items()
+    }
+    assert stored["weight_scale"].shape == ((1, 32) if transposed else scale.shape)
+    words = stored["weight"].view(codes.dtype)
+    assert torch.equal(words.float(), (codes.t() if transposed else codes).float())
+
+
 # What is refused
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2"
@@ -235,7 +258,15 @@ def test_a_missing_tensor_is_refused_by_name(folder, tmp_path, scheme, leaf):
 
 def test_a_missing_expert_is_refused(folder, tmp_path):
     path = changed(folder()[0], tmp_path / "model", lambda t: {k: v for k, v in t.items() if f"{EXPERT}." not in k})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts"):
+    with pytest.raises(CheckpointError, match=r"experts\.\w+' is \[4, .* in the model.* make \[3, "):
+        load(path)
+
+
+def test_a_missing_bias_of_experts_is_refused_by_name(folder, tmp_path):
+    """What is missing is drawn by the model's own code before it is refused: that passes packed experts by."""
+    key = "model.layers.1.mlp.experts.gate_up_proj_bias"
+    path = changed(folder("gpt_oss", INT8, "quantkit")[0], tmp_path / "model", without(key))
+    with pytest.raises(CheckpointError, match=f"missing keys, {key}"):
         load(path)
 
 
@@ -271,7 +302,7 @@ def test_rows_that_lack_in_all_experts_are_refused(folder, tmp_path):
         cut = [key for key in tensors if ".layers.1." in key and ".w1." in key]
         return tensors | {key: tensors[key][1:].contiguous() for key in cut}
 
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj"):
+    with pytest.raises(CheckpointError, match=r"gate_up_proj' is \[4, 96, 32\] in the model.* make \[4, 95, 32\]"):
         load(changed(folder()[0], tmp_path / "model", change))
 
 

@@ -113,6 +113,7 @@ def test_fp8_that_does_not_fit_is_told() -> None:
         ({"a.weight": codes.float(), "a.weight_scale_inv": scale}, "torch.float32"),
         ({"b.weight": codes.float(), "a.weight_scale_inv": scale}, "without the weight"),
         ({"a.weight": codes.flatten(), "a.weight_scale_inv": scale}, "no matrix"),
+        ({"a.weight": codes[:0], "a.weight_scale_inv": scale}, "no matrix"),
     ):
         refused(state, FP8, words)
     for block in ([128], "128", [0, 128], [128, 1.5]):

@@ -121,7 +121,7 @@ def test_compressed_tensors_with_an_activation_order() -> None:
     state = {
         "a.weight_packed": pack_int32(codes, 4),
         "a.weight_scale": scale,
-        "a.weight_zero_point": pack_int32(zero.t().contiguous(), 4).t().contiguous(),
+        "a.weight_zero_point": pack_int32(zero.t().contiguous(), 4).view(1, 2),  # [2, 1] turned, as a file holds it
         "a.weight_g_idx": index.int(),
         "a.weight_shape": torch.tensor([5, 64]),
     }
@@ -134,6 +134,7 @@ def test_compressed_tensors_with_an_activation_order() -> None:
     assert torch.equal(unset, plain)
     assert not torch.equal(made, plain)
     refused(state | {"a.weight_g_idx": index.int() + 1}, stored, "group 2 of 2")
+    refused(state | {"a.weight_g_idx": index.float()}, stored, "whole numbers")
 
 
 def test_compressed_tensors_groups_are_found_by_name_before_regex_before_class() -> None:

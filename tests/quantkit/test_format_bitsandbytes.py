@@ -1,5 +1,7 @@
 """The bitsandbytes format: bitsandbytes and transformers agree with what we write, and we read what they write."""
 
+import re
+
 import pytest
 import torch
 from quantkit_kernels.formats import quantize_weight
@@ -82,6 +84,13 @@ def test_transformers_leaves_just_what_is_left(left):
     assert [layout.scheme_of(name) for name in MODULES] == [LLM_INT8] * len(MODULES)
     assert [layout.scheme_of(name) for name in left] == [None] * len(left)
     assert not layout.spares_head
+
+
+def test_a_reader_that_takes_a_pattern_for_the_beginning_of_a_name_skips_no_more():
+    """Readers before transformers 5.23 did so."""
+    patterns = bitsandbytes.config(LLM_INT8, MODULES, ["layers.0.mlp.gate", "layers.1"])["llm_int8_skip_modules"]
+    assert not any(re.match(pattern, name) for pattern in patterns for name in MODULES)
+    assert all(any(re.match(pattern, name) for pattern in patterns) for name in ("layers.0.mlp.gate", "layers.1"))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def scale_of(scheme, n, k, dtype, seed):
 @pytest.mark.parametrize("transposed", [False, True])
 @given(n=st.integers(1, 5), k=st.integers(1, 70), seed=st.integers(0, 2**31), dtype=st.sampled_from(FLOATS))
 @example(n=129, k=256, seed=0, dtype=torch.bfloat16)
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 def test_what_is_compressed_decompresses_bit_for_bit(form, scheme, transposed, n, k, seed, dtype):
     k = k if scheme.group_size is None else k * scheme.group_size
     codes = random_codes(scheme, n, k, seed)
@@ -215,7 +215,7 @@ def damaged(draw, config):
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @given(data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_any_config_is_read_or_is_a_checkpoint_error(form, data):
     scheme = SCHEMES["llm-int8"] if form is bitsandbytes else Scheme("int8")
     config = data.draw(damaged(form.config(scheme, ["q"], ["lm_head"])))

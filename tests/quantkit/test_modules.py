@@ -186,17 +186,6 @@ def test_a_scale_of_another_dtype_than_the_weights_is_rounded_before_codes_are_f
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_weight_is_gone_through_in_parts(name, monkeypatch):
-    scheme = SCHEMES[name]
-    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
-    whole = quantize_linear(weight, scheme, torch.float16)
-    monkeypatch.setattr(modules, "_CHUNK_ELEMENTS", 1)
-    parts = quantize_linear(weight, scheme, torch.float16)
-    assert models.same(whole[0], parts[0])
-    assert models.same(whole[1], parts[1])
-
-
-@pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_output_has_the_inputs_dtype(name, dtype):
     made, _, _ = layer(name, dtype)

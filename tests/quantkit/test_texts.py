@@ -317,6 +317,85 @@ def test_a_template_that_refuses(tmp_path: Path) -> None:
         tokenize(found, Chat())
 
 
+def test_rows_saved_with_a_format_are_read_as_they_are(tmp_path: Path) -> None:
+    """`with_format("torch")` is what tokens are often saved with."""
+    rows = datasets.Dataset.from_list([{"input_ids": [3, 1]}, {"input_ids": [4]}])
+    rows.with_format("torch").save_to_disk(str(tmp_path / "torch"))
+    rows.with_format("numpy").save_to_disk(str(tmp_path / "numpy"))
+    assert [tokenize(read(tmp_path / form)).ids.tolist() for form in ("torch", "numpy")] == [[3, 1, 4]] * 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])
+def test_messages_of_different_fields_are_the_same_from_every_container(kind: str, tmp_path: Path) -> None:
+    """A table fills what a message doesn't have with nulls, which a template takes for a field."""
+    messages = [{"role": "user", "content": "hi", "name": "x"}, {"role": "tool", "content": None, "calls": [{"f": 1}]}]
+    rows = [{"messages": messages, "chat": messages[:1]}]
+    found = read(save(kind, tmp_path, rows), purpose="calibration")
+    assert found.conversations == (messages,)
+    assert found.fingerprint == read(write(tmp_path / "other.jsonl", rows)).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_field_may_hold_messages_or_tokens(kind: str, tmp_path: Path) -> None:
+    rows = [{"chat": [{"role": "user", "content": "hi"}], "ids": [7, 8], "text": "x"}]
+    spec = save(kind, tmp_path, rows)
+    assert text_of(tokenize(read(f"{spec}:chat", purpose="calibration"), Chat()).ids) == "<user>hi"
+    assert tokenize(read(f"{spec}:ids", purpose="calibration")).ids.tolist() == [7, 8]
+
+
+# Part of the tokens
+
+
+class Counting(Chat):
+    """Which merges up to three equal characters into a token, and counts the characters that it encodes."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **options: Any) -> dict[str, list[int]]:
+        self.characters += len(text)
+        return {"input_ids": [sum(map(ord, run.group())) for run in re.finditer(r"(?s)(.)\1{0,2}", text)]}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 300, 3000, 5000, 10**6])
+@pytest.mark.parametrize("kind", ["one", "many", "messages", "passages"])
+def test_the_first_tokens_are_those_of_the_whole(
+    kind: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "LOOKAHEAD", 4)
+    pieces = [f"{'aaaab' * (n % 7)}{n}" for n in range(900)]
+    if kind == "one":
+        spec = write(tmp_path / "a.txt", "\n\n".join(pieces))
+    elif kind == "messages":
+        spec = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": p}]} for p in pieces])
+    elif kind == "passages":
+        spec = write(tmp_path / "a.jsonl", [{"context": p, "continuation": " c"} for p in pieces])
+    else:
+        spec = write(tmp_path / "a.jsonl", [{"text": p} for p in pieces])
+    found, counting = read(spec, purpose="calibration"), Counting()
+    whole = tokenize(found, Counting())
+    part = tokenize(found, counting, limit)
+    assert part.ids.tolist() == whole.ids[:limit].tolist()
+    assert part.utf8_bytes is None
+    assert whole.utf8_bytes is not None
+    assert counting.characters < max(100, 20 * limit)
+    assert counting.characters <= 2 * whole.utf8_bytes
+
+
+def test_the_first_of_tokens_that_came_as_tokens(tmp_path: Path) -> None:
+    found = read(write(tmp_path / "a.jsonl", [{"input_ids": [3, 1]}, {"input_ids": [4]}]))
+    assert tokenize(found, limit=2).ids.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("size", range(24, 60))
+def test_documents_that_end_just_at_the_cut(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two documents around a cut of 4 * (limit + LOOKAHEAD) = 40 characters: neither is left out."""
+    monkeypatch.setattr(texts, "LOOKAHEAD", 0)
+    found = texts.Texts("t", "text", "", documents=("a" * 30, "b" * (size - 24), "c" * 20))
+    sparse = lambda text, **options: {"input_ids": [ord(c) for c in text[::8]]}  # noqa: E731
+    assert tokenize(found, sparse, 10).ids.tolist() == tokenize(found, sparse).ids[:10].tolist()
+
+
 # The real thing
 
 

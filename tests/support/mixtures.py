@@ -53,6 +53,7 @@ CONFIGS = {
         first_k_dense_replace=1,
     ),
     "gpt_oss": lambda: GptOssConfig(**SIZES),
+    "gpt_oss_square": lambda: GptOssConfig(**SIZES | {"intermediate_size": 32}),
     "llama4": lambda: Llama4TextConfig(**SIZES | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}),
     "granitemoe": lambda: GraniteMoeConfig(**SIZES),
     "dbrx": lambda: DbrxConfig(
@@ -72,12 +73,14 @@ EXPERTS = {
     "deepseek_v3": OUT_IN,
     "granitemoe": OUT_IN,
     "gpt_oss": {r"experts\.(gate_up|down)_proj$": 1},
+    "gpt_oss_square": {r"experts\.(gate_up|down)_proj$": 1},
     "llama4": {r"experts\.(gate_up|down)_proj$": 1},
     "dbrx": {r"experts\.mlp\.[wv]1$": 2, r"experts\.mlp\.w2$": 1},
 }
 """Parameters that hold experts, to the axis of their in features, experts on axis 0 (DBRX: 48 rows an expert)."""
 FUSED = {
     "gpt_oss": EXPERTS["gpt_oss"],
+    "gpt_oss_square": EXPERTS["gpt_oss"],
     "llama4": EXPERTS["llama4"],
     "granitemoe": {r"(input|output)_linear\.weight$": 2},
     "dbrx": EXPERTS["dbrx"],

@@ -1,0 +1,129 @@
+"""Every tiny architecture through the real pipeline: quantize, reload, compare with float. Writes JSON lines.
+
+    python tests/coverage/run.py OUT.jsonl [MODEL_TYPE ...]
+
+A line an architecture and recipe. Architectures that OUT holds already are left out, so that a run can be continued.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
+
+RECIPES: dict[str, list[str]] = {
+    "smoothquant+w8a8": ["smoothquant", "w8a8"],
+    "fp8": ["fp8"],
+    "int8": ["int8"],
+    "llm-int8": ["llm-int8"],
+}
+CALIBRATION = {"samples": 8, "seq_len": 16}
+
+
+def measure(model_type: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """What each recipe does to the tiny model of one architecture."""
+    import torch
+    from tiny import Unbuildable, inputs, save
+
+    import quantkit
+    from quantkit.checkpoint import quiet_transformers
+
+    torch.set_num_threads(1)
+    quiet_transformers()
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "float"
+        try:
+            save(model_type, source)
+        except Unbuildable as error:
+            yield {"model_type": model_type, "recipe": None, "unbuildable": str(error)}
+            return
+        text = Path(temporary) / "text.txt"
+        text.write_text("The quick brown fox jumps over the lazy dog, and back. " * 40, encoding="utf-8")
+        base = quantkit.load(source, dtype="float32")
+        batch = inputs(base)
+        with torch.no_grad():
+            expected = base(**batch).logits.double()
+        parameters = sum(p.numel() for p in base.parameters())
+        for name in names or RECIPES:
+            started = time.monotonic()
+            row: dict[str, Any] = {"model_type": model_type, "recipe": name}
+            try:
+                row |= _one(source, Path(temporary) / name, RECIPES[name], text, batch, expected, parameters)
+            except quantkit.QuantkitError as error:
+                row |= {"refused": " ".join(str(error).split())}
+            except Exception:
+                row |= {"failed": traceback.format_exc()[-2000:]}
+            yield row | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _one(
+    source: Path, out: Path, steps: list[str], text: Path, batch: Any, expected: Any, parameters: int
+) -> dict[str, Any]:
+    """Compress, reload and compare."""
+    import torch
+
+    import quantkit
+
+    data: dict[str, Any] = {"dataset": str(text), **CALIBRATION} if "smoothquant" in steps else {}
+    report = quantkit.quantize(source, out, steps=steps, progress=False, **data)
+    model = quantkit.load(out)
+    with torch.no_grad():
+        logits = model(**batch).logits.double()
+    centred = expected - expected.mean(-1, keepdim=True)
+    error = float((logits - expected).norm() / centred.norm())
+    states: dict[str, int] = {}
+    for group in report.groups:
+        if group.state != "refused" or group.kind == "norm":
+            key = f"{group.kind} {group.state}"
+            states[key] = states.get(key, 0) + 1
+    return {
+        "format": report.format,
+        "error": error,
+        "kl": _kl(expected, logits),
+        "quantized": sum(n * k for n, k in (layer.shape for layer in report.layers)) / parameters,
+        "layers": len(report.layers),
+        "groups": states,
+        "refused_norms": sorted({g.reason for g in report.groups if g.state == "refused" and g.kind == "norm"}),
+        "undone": [f"{g.block}.{g.producer}: {g.reason} ({g.error})" for g in report.groups if g.state == "undone"],
+        "left": sorted({item.reason for item in report.left_alone}),
+        "notes": report.notes,
+    }
+
+
+def _kl(expected: Any, logits: Any) -> float:
+    p, q = expected.log_softmax(-1), logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def rows_of(model_type: str) -> list[dict[str, Any]]:
+    """`measure`'s rows; for a process pool."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        return list(measure(model_type))
+    except Exception:
+        return [{"model_type": model_type, "recipe": None, "failed": traceback.format_exc()[-2000:]}]
+
+
+def main() -> None:
+    """Run what is missing from the output."""
+    from architectures import ENTRIES
+
+    out = Path(sys.argv[1])
+    done = {json.loads(line)["model_type"] for line in out.read_text().splitlines()} if out.exists() else set()
+    wanted = [entry for entry in sys.argv[2:] or ENTRIES if entry not in done]
+    with get_context("spawn").Pool(2, maxtasksperchild=12) as pool, out.open("a") as file:
+        for number, rows in enumerate(pool.imap(rows_of, wanted), 1):
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            print(f"{number}/{len(wanted)} {rows[0]['model_type']}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
