@@ -6,8 +6,7 @@ quantized and written; the quantized layers take the place of the float ones, an
 the next block's inputs. One block's weights, its statistics and the windows' hidden states are all that is in memory.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,14 +17,15 @@ from quantkit_kernels.formats import QMAX, dequantize, quantize_per_tensor
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from quantkit.candidates import Candidate
 from quantkit.checkpoint import Source, empty_copy, use_plain_implementations
-from quantkit.compression import Worked, compress_linear, compress_stage
+from quantkit.compression import Worked, compress_stage
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.exploration import without_cache
-from quantkit.modules import QuantizedLinear
+from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.outcome import GroupReport, Outcome
-from quantkit.planning import Plan, Target
+from quantkit.planning import Plan
 from quantkit.recipe import Recipe
 from quantkit.shards import ShardWriter
 from quantkit.smoothing import Inputs, Proof, Smoother
@@ -62,6 +62,7 @@ def compress_calibrated(
     Raises:
         CheckpointError: the model doesn't run block by block.
     """
+    forget_embeddings: Callable[[], None]
     work = _Work(plan, recipe, source, writer, device)
     size = max(1, BATCH_TOKENS // windows.shape[1])
     batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in torch.split(windows, size)]
@@ -70,11 +71,12 @@ def compress_calibrated(
     def visit(index: int, calls: Calls) -> Callable[..., Any]:
         if calls.number:  # a model that loops through its blocks: this one is compressed already
             return blocks[index]
+        forget_embeddings()
         block = work.block(index, calls)
         track(index)
         return block
 
-    with torch.no_grad(), work.lazy.hooked():
+    with torch.no_grad(), work.lazy.hooked(), work.lazy.embeddings() as forget_embeddings:
         try:
             run_blocks(work.model, blocks, batches, visit, order=plan.findings.order if work.looped else None)
         except OrderError as error:
@@ -92,10 +94,14 @@ class _Work:
         use_plain_implementations(self.model, attention=False)
         parts = plan.findings.blocks.split(".")
         ancestors = [".".join(parts[:end]) for end in range(len(parts))]
-        self.lazy = LazyModel(self.model, StoredWeights(source, plan.names), ancestors, device)
+        blocks = [self.name(index) for index in range(plan.findings.count)]
+        self.lazy = LazyModel(self.model, StoredWeights(source, plan.names), ancestors, blocks, device)
+        self._sources = plan.names.sources()
+        self._parameters = {path for path, _ in self.model.named_parameters(remove_duplicate=False)}
         self.stages = {stage.name: stage for stage in plan.stages}
         self.looped = len(plan.findings.order) > plan.findings.count
         self.done = Outcome()
+        self._scales: dict[str, torch.Tensor] = {}
         self._undo: dict[int, list[Callable[[], None]]] = {}
 
     def name(self, index: int) -> str:
@@ -109,20 +115,20 @@ class _Work:
                 self._release(earlier)
         name, block = self.name(index), self.model.get_submodule(self.name(index))
         self.lazy.fill(name, block)
-        targets = [t for t in self.plan.targets.values() if t.parameter.startswith(f"{name}.")]
-        axes = {t.parameter.removeprefix(f"{name}."): t.in_axis for t in targets}
+        layers = [layer for layer in self.plan.quantized if layer.parameter.startswith(f"{name}.")]
+        axes = {layer.parameter.removeprefix(f"{name}."): layer.in_axis for layer in layers}
         worked = Worked()
         for step in self.recipe.transforms:
             alpha = None if step.parameters["alpha"] == "auto" else float(step.parameters["alpha"])
             self._smooth(index, block, calls, axes, alpha, worked)
         if self.scheme is not None and self.scheme.is_static and axes:
-            worked.input_scales = self._static_scales(name, block, calls, axes)
+            worked.input_scales = self._scales = self._static_scales(name, block, calls, axes)
         kept: dict[str, dict[str, torch.Tensor]] = {}
         stage = self.stages.get(name)
         if stage is not None:
             self.done.layers += compress_stage(stage, self.plan, self.source, self.writer, self.device, worked, kept)
         if not (calls.last and not self.looped):
-            self._undo[index] = self._quantize(targets, kept)
+            self._undo[index] = self._quantize(layers, kept)
         return block
 
     def _release(self, index: int) -> None:
@@ -161,8 +167,15 @@ class _Work:
         dtypes = self._dtypes(name, block)
         smoother = Smoother(name, block, alpha, self.scheme, fed, dtypes, proof)
         self.done.groups += [smoother.fold(group, inputs) for group in structure.groups]
-        for path in smoother.changed:
-            worked.changed[f"{name}.{path}"] = block.get_parameter(path).detach()
+        for path in self._with_partners(name, smoother.changed):
+            worked.changed[path] = self.model.get_parameter(path).detach()
+
+    def _with_partners(self, name: str, changed: Collection[str]) -> list[str]:
+        """The full names of changed parameters, and of those that lie in one tensor with them on disk."""
+        sources = self._sources
+        keys = {key for path in changed for key in sources.get(f"{name}.{path}", ())}
+        partners = [path for path, needed in sources.items() if not keys.isdisjoint(needed)]
+        return [path for path in partners if path in self._parameters]
 
     def _dtypes(self, name: str, block: nn.Module) -> dict[str, torch.dtype]:
         """The dtype on disk of the block's parameters that a key holds as they are."""
@@ -227,42 +240,55 @@ class _Work:
         return {f"{name}.{path}": torch.tensor([value if value > 0 else 1.0]) for path, value in found.items()}
 
     def _quantize(
-        self, targets: Sequence[Target], kept: dict[str, dict[str, torch.Tensor]]
+        self, layers: Sequence[Candidate], kept: dict[str, dict[str, torch.Tensor]]
     ) -> list[Callable[[], None]]:
         """Put quantized layers into the block; what takes them out again."""
         undo: list[Callable[[], None]] = []
-        for target in {target.parameter: target for target in targets}.values():
-            owner, _, leaf = target.parameter.rpartition(".")
+        assert self.scheme is not None or not layers
+        for layer in layers:
+            owner, _, leaf = layer.parameter.rpartition(".")
             module = self.model.get_submodule(owner)
             weight = module._parameters[leaf]
             assert weight is not None
-            if target.experts:
-                codes, scale = quantize_experts(weight.detach(), target.scheme, target.in_axis, target.dtype)
-                experts = QuantizedExperts(codes, scale, target.in_axis, target.scheme, dtype=torch.float32)
-                put_experts(self.model, target.parameter, experts)
+            assert self.scheme is not None
+            if layer.experts:
+                dtype = self._dtype(layer)
+                codes, scale = quantize_experts(weight.detach(), self.scheme, layer.in_axis, dtype)
+                experts = QuantizedExperts(codes, scale, layer.in_axis, self.scheme, dtype=torch.float32)
+                put_experts(self.model, layer.parameter, experts)
                 undo.append(partial(_put_back, module, leaf, weight))
             else:
-                self.model.set_submodule(owner, self._linear(module, weight, target, kept))
+                self.model.set_submodule(owner, self._linear(module, weight, layer, kept.get(layer.name)))
                 undo.append(partial(self.model.set_submodule, owner, module))
         return undo
 
+    def _dtype(self, layer: Candidate) -> torch.dtype:
+        """The dtype of a layer's weight on disk."""
+        return self.source.weights.tensors[next(iter(layer.keys))].dtype
+
     def _linear(
-        self, module: nn.Module, weight: torch.Tensor, target: Target, kept: dict[str, dict[str, torch.Tensor]]
+        self, module: nn.Module, weight: torch.Tensor, layer: Candidate, written: dict[str, torch.Tensor] | None
     ) -> QuantizedLinear:
         """The quantized layer of a module, with the tensors that were written for it (or made as they were)."""
-        layout = self.plan.layout
+        layout, scheme = self.plan.layout, self.scheme
         assert layout is not None
-        rows, columns = weight.shape if target.in_axis == 1 else (weight.shape[1], weight.shape[0])
+        assert scheme is not None
         bias = getattr(module, "bias", None)
-        flipped = target.in_axis == 0
         made = QuantizedLinear(
-            columns, rows, target.scheme, layout, bias=bias is not None, dtype=torch.float32, transposed=flipped
+            layer.in_features,
+            layer.out_features,
+            scheme,
+            layout,
+            bias=bias is not None,
+            dtype=torch.float32,
+            transposed=layer.transposed,
         )
-        tensors = kept.get(target.parameter)
-        if tensors is None:  # written in parts
-            matrix = weight.detach().t() if flipped else weight.detach()
-            tensors, _ = compress_linear(replace(target, transposed=flipped), matrix, layout, None)
-        for name, value in tensors.items():
+        if written is None:  # on disk it is in parts, or a part
+            matrix = weight.detach().t() if layer.transposed else weight.detach()
+            codes, scale = quantize_linear(matrix, scheme, self._dtype(layer))
+            static = self._scales.get(layer.parameter)
+            written = layout.compress(scheme, codes, scale, input_scale=static, transposed=layer.transposed)
+        for name, value in written.items():
             made._buffers[name] = value
         if bias is not None:
             made.bias = nn.Parameter(bias.detach(), requires_grad=False)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from quantkit.checkpoint import Source, output_head, tied_parameters
 from quantkit.discovery import LinearUse, weights_read_elsewhere
@@ -33,7 +34,8 @@ class Candidate:
         transposed: whether the parameter holds K before N.
         experts: how many linear layers the parameter holds, or 0 for a plain one.
         keys: the checkpoint keys that it is written to, each with whether it holds K before N there.
-        fused: whether its one key holds all experts together.
+        fused: whether a key holds all experts together.
+        special: whether it is a module of a class that other software doesn't know for a linear layer.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Candidate:
     experts: int
     keys: dict[str, bool]
     fused: bool
+    special: bool = False
 
     @property
     def owners(self) -> list[str]:
@@ -60,19 +63,21 @@ class Candidate:
 def candidates_of(source: Source, names: Names, findings: Findings) -> list[Candidate]:
     """Every linear layer of the model, in the order of its modules, experts after the layers of their block."""
     found = []
-    for name, _, in_features, out_features, transposed in linear_modules(source.skeleton):
+    for name, module, in_features, out_features, transposed in linear_modules(source.skeleton):
         parameter = f"{name}.weight"
         if parameter in names.keys:
             keys = {names.keys[parameter]: transposed}
         else:
             keys = names.pieces(parameter, 0 if transposed else 1) or {}
-        found.append(Candidate(name, parameter, out_features, in_features, transposed, 0, keys, fused=False))
+        special = not transposed and type(module) is not nn.Linear
+        plain = Candidate(name, parameter, out_features, in_features, transposed, 0, keys, fused=False, special=special)
+        found.append(plain)
     for name, use in raw_uses(findings):
         shape = source.skeleton.get_parameter(name).shape
         if use.expert_axis == 0 and len(shape) == 3:
             transposed = use.in_axis == 1
-            fused = name in names.keys
-            keys = {names.keys[name]: transposed} if fused else names.pieces(name, use.in_axis) or {}
+            keys = {names.keys[name]: transposed} if name in names.keys else names.pieces(name, use.in_axis) or {}
+            fused = any(len(source.weights.tensors[key].shape) == 3 for key in keys)
             sizes = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
             found.append(Candidate(name, name, *sizes, transposed, shape[0], keys, fused))
     return found

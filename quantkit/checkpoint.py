@@ -348,6 +348,15 @@ def output_head(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
+def input_embeddings(model: nn.Module) -> str | None:
+    """The name of the module that looks token ids up, or None."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((name for name, module in model.named_modules() if module is found and name), None)
+
+
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Every linear layer by name, subclasses of nn.Linear included (formats name them all, quantized or not)."""
     for name, module in model.named_modules():

@@ -11,6 +11,7 @@ from quantkit.checkpoint import Source
 from quantkit.errors import CheckpointError
 from quantkit.modules import quantize_linear
 from quantkit.outcome import LayerReport
+from quantkit.pieces import compress_expert
 from quantkit.planning import Plan, Stage, Target
 from quantkit.shards import ShardWriter
 
@@ -39,7 +40,7 @@ def compress_stage(
 ) -> list[LayerReport]:
     """Read, compress and write one stage, a tensor at a time; the reports of its linear layers.
 
-    `kept` takes the written tensors of each linear layer that one key makes, by the name of its weight.
+    `kept` takes the written tensors of each linear layer that one key makes, by its name.
     """
     worked = worked or Worked()
     changed = plan.names.written(worked.changed) if worked.changed else {}
@@ -55,12 +56,13 @@ def compress_stage(
             continue
         target = plan.targets[key]
         assert plan.layout is not None
-        scale = worked.input_scales.get(target.parameter)
+        scales = [worked.input_scales[name] for name in target.parameters if name in worked.input_scales]
+        scale = torch.stack(scales).amax(0) if scales else None  # parts of one tensor see the same activations
         for tensors, layer in compress_target(target, tensor.to(device), plan.layout, scale):
             writer.add(tensors)
             layers.append(layer)
-            if kept is not None and not target.experts and len(target.prefixes) == 1 and target.whole:
-                kept[target.parameter] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
+            if kept is not None and target.whole and not target.of_experts:
+                kept[target.module] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
     writer.flush()
     return layers
 
@@ -81,11 +83,11 @@ def compress_target(
     target: Target, weight: torch.Tensor, layout: ModuleType, input_scale: torch.Tensor | None = None
 ) -> Iterator[tuple[dict[str, torch.Tensor], LayerReport]]:
     """The tensors of each linear layer of a target by full name, and what was lost: one layer, or each expert."""
-    parts = weight.unbind(0) if target.fused else (weight,)
+    parts = weight.unbind(0) if target.experts else (weight,)
     for prefix, part in zip(target.prefixes, parts, strict=True):
         matrix = part.t() if target.transposed else part
         tensors, layer = compress_linear(target, matrix, layout, input_scale)
-        if target.experts:
+        if target.of_experts:
             layer = LayerReport(
                 prefix.removesuffix("."), layer.scheme, layer.shape, layer.bits_per_weight, layer.weight_error
             )
@@ -99,7 +101,10 @@ def compress_linear(
     scheme = target.scheme
     codes, scale = quantize_linear(weight, scheme, target.dtype)
     stored = None if input_scale is None else input_scale.to(scale.dtype)
-    tensors = layout.compress(scheme, codes, scale, input_scale=stored, transposed=target.transposed)
+    if target.experts:
+        tensors = compress_expert(layout, scheme, codes, scale, target.transposed)
+    else:
+        tensors = layout.compress(scheme, codes, scale, input_scale=stored, transposed=target.transposed)
     exact = weight.float()
     norm = float(torch.linalg.vector_norm(exact))
     decoded = dequantize_weight(codes, scale, scheme.weight_granularity).float()

@@ -22,7 +22,7 @@ def plan_to_dict(plan: Plan, recipe: Recipe, model: str) -> dict[str, Any]:
                 "module": target.module,
                 "key": target.key,
                 "shape": [target.out_features, target.in_features],
-                "experts": target.experts if target.fused else 0,
+                "experts": target.experts,
                 "scheme": target.scheme.label,
             }
             for target in plan.targets.values()
@@ -62,7 +62,7 @@ def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool) -> st
     lines = [f"{model}: {', '.join(map(str, recipe.steps))}, as {form}"]
     counts: dict[str, int] = {}
     for target in plan.targets.values():
-        counts[target.scheme.label] = counts.get(target.scheme.label, 0) + (target.experts if target.fused else 1)
+        counts[target.scheme.label] = counts.get(target.scheme.label, 0) + (target.experts or 1)
     lines += [f"  quantized  {count} linear layers: {label}" for label, count in counts.items()]
     lines.append(f"  size       {plan.output_bytes:,} bytes of tensors")
     for reason, names in _by_reason((left.module, left.reason) for left in plan.left).items():

@@ -107,10 +107,10 @@ class _Tracer:
 
     def run(self) -> str | None:
         """None, or why the pass ended early."""
-        lazy = LazyModel(self.model, self._random)
+        lazy = LazyModel(self.model, self._random, apart=self.members)
         self.lazy = lazy
         ended = None
-        with torch.no_grad(), lazy.hooked():
+        with torch.no_grad(), lazy.hooked(), lazy.embeddings():
             self._stub_head()
             for name, member in self.members.items():
                 member.forward = self._visitor(name, member, member.forward)  # type: ignore[method-assign]
@@ -209,7 +209,8 @@ def probe(model: nn.Module, shape: tuple[int, int] = TOKENS) -> dict[str, Any]:
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     size = getattr(config, "vocab_size", None)
     limit = min(ROWS, size) if isinstance(size, int) else ROWS
-    special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
+    special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
+    special += [number for numbers in special if isinstance(numbers, list) for number in numbers]
     usable = [number for number in range(3, limit) if number not in special] or list(range(limit))
     generator = torch.Generator().manual_seed(1)
     picked = torch.randint(0, len(usable), shape, generator=generator)

@@ -289,7 +289,7 @@ def finished_config(source: Source, plan: Plan) -> dict[str, Any]:
         config["dtype"] = str(getattr(dtypes[0], "dtype", dtypes[0])).removeprefix("torch.")
     if plan.layout is not None:
         targets = list(plan.targets.values())
-        names = list(dict.fromkeys(target.module for target in targets))
+        names = [layer.name for layer in plan.quantized]
         config["quantization_config"] = plan.layout.config(targets[0].scheme, names, plan.ignored)
     return config
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
-
 from quantkit import formats
 from quantkit.candidates import FLOAT_DTYPES, Candidate, Reasons, candidates_of
 from quantkit.checkpoint import Source, tied_parameters
@@ -15,55 +13,9 @@ from quantkit.errors import CheckpointError, RecipeError
 from quantkit.exploration import Findings, explore
 from quantkit.naming import Names, Origin, conversion_problems
 from quantkit.recipe import Recipe, matches
-from quantkit.scheme import BLOCK, Scheme
+from quantkit.targets import Target, choose_targets, tensor_specs
 
-__all__ = ["FLOAT_DTYPES", "LeftAlone", "PatternMatch", "Plan", "Stage", "Target", "make_plan"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A checkpoint key whose tensor will be quantized.
-
-    Attributes:
-        module: the linear layer's name in the model; for experts, that of the parameter that holds them.
-        key: the checkpoint key of the float weight.
-        out_features: N.
-        in_features: K.
-        dtype: dtype of the float weight.
-        scheme: what its numbers will look like.
-        parameter: the model's parameter that the key makes, or makes a part of.
-        in_axis: that parameter's axis of the in features.
-        transposed: whether the key holds K before N.
-        experts: how many experts the parameter holds, or 0.
-        fused: whether the key holds all experts together; they are written one layer an expert.
-        whole: whether the key makes the whole parameter.
-    """
-
-    module: str
-    key: str
-    out_features: int
-    in_features: int
-    dtype: torch.dtype
-    scheme: Scheme
-    parameter: str = ""
-    in_axis: int = 1
-    transposed: bool = False
-    experts: int = 0
-    fused: bool = False
-    whole: bool = True
-
-    @property
-    def prefix(self) -> str:
-        """What the names of its tensors on disk begin with."""
-        return self.key.removesuffix("weight")
-
-    @property
-    def prefixes(self) -> list[str]:
-        """That of each expert's tensors, where the key holds them all; else the one."""
-        if not self.fused:
-            return [self.prefix if self.key.endswith("weight") else f"{self.key}."]
-        owner, _, leaf = self.key.removesuffix(".weight").rpartition(".")
-        return [f"{owner}.{expert}.{leaf}." for expert in range(self.experts)]
+__all__ = ["FLOAT_DTYPES", "LeftAlone", "PatternMatch", "Plan", "Stage", "Target", "make_plan", "tensor_specs"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +51,8 @@ class Plan:
 
     Attributes:
         stages: the keys in the order of the work.
-        targets: checkpoint key to the linear layer whose weight it is, for all that will be quantized.
+        targets: checkpoint key to what becomes of it, for all that will be quantized.
+        quantized: the linear layers that will be quantized, as the model has them.
         left: every other weight matrix of the model, with the reason.
         linears_left: the names of the linear layers among them.
         ignored: what a config names as left in float: these layers, and the experts of a mixture.
@@ -116,6 +69,7 @@ class Plan:
 
     stages: tuple[Stage, ...]
     targets: dict[str, Target]
+    quantized: tuple[Candidate, ...]
     left: tuple[LeftAlone, ...]
     linears_left: tuple[str, ...]
     ignored: tuple[str, ...]
@@ -150,29 +104,17 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
     patterns = _pattern_matches(source, recipe, [candidate.name for candidate in candidates])
     judge = Reasons(source, recipe, names, findings)
     reasons = {candidate.name: judge.of(candidate) for candidate in candidates}
-    scheme = recipe.scheme
-    chosen: ModuleType | None = None
-    targets: dict[str, Target] = {}
-    if scheme is not None:
-        chosen = layout if isinstance(layout, ModuleType) else _layout(scheme, layout, candidates, reasons)
-        for candidate in candidates:
-            reasons[candidate.name] = reasons[candidate.name] or _against(candidate, scheme, chosen, findings)
-            if reasons[candidate.name] is None:
-                targets |= {target.key: target for target in _targets(source, candidate, scheme)}
-        if not targets:
-            raise RecipeError(_nothing_left(source, {name: why for name, why in reasons.items() if why}))
-        _refuse_indivisible(list(targets.values()), scheme)
-    else:
-        reasons = {name: reason or "the recipe quantizes nothing" for name, reason in reasons.items()}
+    chosen, targets = choose_targets(source, recipe.scheme, layout, names, candidates, reasons, findings)
+    if recipe.scheme is not None and not targets:
+        raise RecipeError(_nothing_left(source, {name: why for name, why in reasons.items() if why}))
     output = sum(info.nbytes for key, info in source.weights.tensors.items() if key not in targets)
-    for target in targets.values():
-        specs = tensor_specs(target, chosen)
-        output += sum(spec.nbytes for spec in specs.values())
+    output += sum(spec.nbytes for target in targets.values() for spec in tensor_specs(target, chosen).values())
     left = {candidate.name: reasons[candidate.name] or "" for candidate in candidates if reasons[candidate.name]}
     return Plan(
         _stages(source, names, findings),
         targets,
-        _left_alone(source, {target.parameter for target in targets.values()}, left, findings),
+        tuple(candidate for candidate in candidates if candidate.name not in left),
+        _left_alone(source, {name for target in targets.values() for name in target.parameters}, left, findings),
         tuple(candidate.name for candidate in candidates if candidate.name in left and not candidate.experts),
         _ignored(candidates, left, chosen),
         tuple(key for key, origin in names.origins.items() if origin.parameter is None),
@@ -199,65 +141,6 @@ def _ignored(candidates: Iterable[Candidate], left: dict[str, str], layout: Modu
     return tuple(dict.fromkeys(found))
 
 
-def tensor_specs(target: Target, layout: ModuleType | None) -> dict[str, formats.TensorSpec]:
-    """Every tensor that a target is written as, by its full name."""
-    assert layout is not None
-    specs = layout.tensor_specs(
-        target.scheme, target.out_features, target.in_features, target.dtype, transposed=target.transposed
-    )
-    return {prefix + name: spec for prefix in target.prefixes for name, spec in specs.items()}
-
-
-def _layout(scheme: Scheme, name: str, candidates: Iterable[Candidate], reasons: dict[str, str | None]) -> ModuleType:
-    """The format of that name, or the one that can hold all of it."""
-    layout = formats.choose(scheme, name)
-    fused = any(each.fused and reasons[each.name] is None and _by_row(scheme) for each in candidates)
-    return formats.native if name == "auto" and layout is formats.compressed_tensors and fused else layout
-
-
-def _by_row(scheme: Scheme) -> bool:
-    """Whether experts can have the scheme: scales by row, nothing stored of activations."""
-    return scheme.weight_granularity == "row" and not scheme.is_static
-
-
-def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings: Findings) -> str | None:
-    """Why this format or scheme can't take a candidate, or None."""
-    if scheme.is_static and not candidate.name.startswith(f"{findings.blocks}."):
-        return "lies outside of the blocks, where no activation is observed"
-    if not candidate.experts:
-        return None
-    if layout is formats.bitsandbytes:
-        return "bitsandbytes has no quantized experts; --format quantkit has"
-    if not _by_row(scheme):
-        return "experts have scales by row and by token: with this recipe they stay in float"
-    if candidate.fused and layout is formats.compressed_tensors:
-        return (
-            "holds all experts in one tensor, and compressed-tensors needs a layer an expert; --format quantkit has it"
-        )
-    return None
-
-
-def _targets(source: Source, candidate: Candidate, scheme: Scheme) -> Iterable[Target]:
-    """One target for each key of a candidate."""
-    for key, transposed in candidate.keys.items():
-        info = source.weights.tensors[key]
-        out_features, in_features = info.shape[-2:] if not transposed else info.shape[:-3:-1]
-        yield Target(
-            candidate.name,
-            key,
-            out_features,
-            in_features,
-            info.dtype,
-            scheme,
-            candidate.parameter,
-            candidate.in_axis,
-            transposed,
-            candidate.experts,
-            candidate.fused,
-            whole=len(candidate.keys) == 1 and not (candidate.experts and not candidate.fused),
-        )
-
-
 def _notes(findings: Findings) -> tuple[str, ...]:
     """What a reader should know of how the data flow was seen."""
     notes = []
@@ -273,7 +156,7 @@ def _notes(findings: Findings) -> tuple[str, ...]:
 def _nothing_left(source: Source, reasons: dict[str, str]) -> str:
     """The sentence for a model of which nothing would be quantized, with the commonest reason."""
     if not reasons:
-        return f"{source.name} has no linear layer of torch's own kind, and quantkit quantizes no other kind yet"
+        return f"{source.name} has no linear layer; quantkit quantizes nothing else, use another model"
     reason, count = Counter(reasons.values()).most_common(1)[0]
     return (
         f"no linear layer of {source.name} is left to quantize ({count} of {len(reasons)}: {reason}); "
@@ -324,20 +207,6 @@ def _pattern_matches(source: Source, recipe: Recipe, names: Sequence[str]) -> tu
                 )
             found.append(PatternMatch(kind, pattern, count))
     return tuple(found)
-
-
-def _refuse_indivisible(targets: Sequence[Target], scheme: Scheme) -> None:
-    """Raise RecipeError naming every layer whose in features the group or block size doesn't divide."""
-    size = BLOCK if scheme.weight_granularity == "block" else scheme.group_size
-    bad = [] if size is None else [target for target in targets if target.in_features % size]
-    if bad:
-        names = ", ".join(dict.fromkeys(f"{target.module} ({target.in_features})" for target in bad))
-        what = "block" if scheme.weight_granularity == "block" else "group"
-        other = "another scheme" if scheme.weight_granularity == "block" else "group=channel"
-        raise RecipeError(
-            f"{what} size {size} does not divide the in features of {len(bad)} layers: {names}; "
-            f"--ignore them, or use {other}"
-        )
 
 
 def _left_alone(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from quantkit.checkpoint import Source, tied_parameters
+from quantkit.checkpoint import Source, input_embeddings, tied_parameters
 from quantkit.naming import Names
 
 Provide = Callable[[list[str]], Mapping[str, torch.Tensor]]
@@ -60,6 +60,7 @@ class LazyModel:
         provide: the values of parameters and buffers by name.
         kept: names of modules that keep their own parameters once they have them: those that blocks lie in, when
             several forward passes are inside of them at once.
+        apart: names of modules that the caller fills and empties himself (blocks).
         device: where the values are put.
     """
 
@@ -68,9 +69,11 @@ class LazyModel:
         model: nn.Module,
         provide: Provide,
         kept: Collection[str] = (),
+        apart: Collection[str] = (),
         device: torch.device | None = None,
     ) -> None:
-        self.model, self.provide, self.kept = model, provide, frozenset(kept)
+        self.model, self.provide = model, provide
+        self.kept, self.apart = frozenset(kept), frozenset(apart)
         self.device = device or torch.device("cpu")
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
@@ -101,6 +104,23 @@ class LazyModel:
             module._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
 
     @contextmanager
+    def embeddings(self) -> Iterator[Callable[[], None]]:
+        """The input embeddings are there from now on; what it gives takes them away again, as leaving it does.
+
+        Some models ask where their embedding lies before it runs, and put their token ids there.
+        """
+        name = input_embeddings(self.model)
+        if name is None:
+            yield lambda: None
+            return
+        module = self.model.get_submodule(name)
+        self.fill(name, module)
+        try:
+            yield lambda: self.empty(name, module)
+        finally:
+            self.empty(name, module)
+
+    @contextmanager
     def hooked(self) -> Iterator[None]:
         """While this lasts, each module gets its own parameters just before it runs, and loses them after."""
         handles = []
@@ -119,7 +139,7 @@ class LazyModel:
     def _before(self, name: str, module: nn.Module) -> None:
         self.ran.add(name)
         own = {leaf: value for leaf, value in module._parameters.items() if value is not None and value.is_meta}
-        if not own:
+        if not own or name in self.apart:
             return
         prefix = f"{name}." if name else ""
         buffers = [leaf for leaf in module._buffers if leaf not in module._non_persistent_buffers_set]

@@ -8,9 +8,10 @@ import torch
 
 from quantkit.checkpoint import read_config
 from quantkit.errors import CheckpointError
-from quantkit.planning import Plan, Target, tensor_specs
+from quantkit.planning import Plan
 from quantkit.progress import track
 from quantkit.shards import ShardReader, checksum
+from quantkit.targets import Target, tensor_specs
 
 SCALES = ("weight_scale", "input_scale", "SCB")
 

@@ -62,7 +62,7 @@ def discover(
     trace = record(block, runs)
     while len(runs) < INPUTS and unused_likes(trace):
         runs.append(_other_hidden_states(args, kwargs, generator))
-        trace = record(block, runs)
+        trace = record(block, runs[-1:], trace)
     weights = Weights(trace, generator)
     linears, others = uses(trace, weights)
     folds, refusals = _folds(block, runs[:2], trace, weights, linears, generator) if groups else ((), ())

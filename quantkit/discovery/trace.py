@@ -199,14 +199,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Slot(tensor, value, home, size, stride, offset, owner, home in self._active, made_of)
 
 
-def record(block: nn.Module, runs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]) -> Trace:
-    """The trace of a block, called with each of some arguments one after another.
+def record(
+    block: nn.Module, runs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], trace: Trace | None = None
+) -> Trace:
+    """The trace of a block, called with each of some arguments one after another; a trace that is given goes on.
 
     Raises:
         DiscoveryError: the block is in training mode, or a parameter isn't float32 in memory of its own.
     """
-    trace = Trace({name: parameter.detach() for name, parameter in block.named_parameters()})
-    _check(block, trace.parameters)
+    if trace is None:
+        trace = Trace({name: parameter.detach() for name, parameter in block.named_parameters()})
+        _check(block, trace.parameters)
     for args, kwargs in runs:
         args, kwargs = own_copy(block, args, kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

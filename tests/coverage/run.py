@@ -34,6 +34,7 @@ def measure(model_type: str, names: list[str] | None = None) -> Iterator[dict[st
 
     import quantkit
     from quantkit.checkpoint import quiet_transformers
+    from quantkit.errors import QuantkitError
 
     torch.set_num_threads(1)
     quiet_transformers()
@@ -56,7 +57,7 @@ def measure(model_type: str, names: list[str] | None = None) -> Iterator[dict[st
             row: dict[str, Any] = {"model_type": model_type, "recipe": name}
             try:
                 row |= _one(source, Path(temporary) / name, RECIPES[name], text, batch, expected, parameters)
-            except quantkit.QuantkitError as error:
+            except QuantkitError as error:
                 row |= {"refused": " ".join(str(error).split())}
             except Exception:
                 row |= {"failed": traceback.format_exc()[-2000:]}

@@ -1,0 +1,190 @@
+"""Targets: which checkpoint keys are quantized, in which format, and as which tensors they are written."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from quantkit import formats
+from quantkit.candidates import Candidate
+from quantkit.checkpoint import Source
+from quantkit.errors import RecipeError
+from quantkit.exploration import Findings
+from quantkit.naming import Names
+from quantkit.pieces import expert_specs
+from quantkit.scheme import BLOCK, Scheme
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint key whose tensor will be quantized.
+
+    Attributes:
+        modules: the linear layers that it is the weight of, by their names in the model, for experts that of the
+            parameter that holds them: one, or several where the model splits the tensor.
+        key: the checkpoint key of the float weight.
+        out_features: N.
+        in_features: K.
+        dtype: dtype of the float weight.
+        scheme: what its numbers will look like.
+        parameters: the model's parameters that the key makes, or makes a part of.
+        transposed: whether the key holds K before N.
+        experts: how many experts the key holds together (they are written one layer an expert), or 0.
+        of_experts: whether it is a part of a parameter that holds experts.
+        whole: whether the key makes one parameter, all of it.
+    """
+
+    modules: tuple[str, ...]
+    key: str
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    scheme: Scheme
+    parameters: tuple[str, ...]
+    transposed: bool = False
+    experts: int = 0
+    of_experts: bool = False
+    whole: bool = True
+
+    @property
+    def module(self) -> str:
+        """The first of its layers."""
+        return self.modules[0]
+
+    @property
+    def prefixes(self) -> list[str]:
+        """What the names of its tensors on disk begin with: one prefix, or one an expert."""
+        stem = self.key.removesuffix(".weight")
+        if not self.experts:
+            return [f"{stem}."]
+        owner, _, leaf = stem.rpartition(".")
+        return [f"{owner}.{expert}.{leaf}." for expert in range(self.experts)]
+
+    @property
+    def prefix(self) -> str:
+        """The first of its prefixes."""
+        return self.prefixes[0]
+
+
+def choose_targets(
+    source: Source,
+    scheme: Scheme | None,
+    layout: str | ModuleType,
+    names: Names,
+    candidates: Sequence[Candidate],
+    reasons: dict[str, str | None],
+    findings: Findings,
+) -> tuple[ModuleType | None, dict[str, Target]]:
+    """The format, and every target by its key; `reasons` gets one for each candidate that is in none.
+
+    Raises:
+        RecipeError: the format can't say the scheme, or a group or block size doesn't divide (all layers are named).
+    """
+    if scheme is None:
+        reasons |= {name: reason or "the recipe quantizes nothing" for name, reason in reasons.items()}
+        return None, {}
+    chosen = layout if isinstance(layout, ModuleType) else _layout(scheme, layout, candidates, reasons)
+    for candidate in candidates:
+        reasons[candidate.name] = reasons[candidate.name] or _against(candidate, scheme, chosen, findings)
+    _leave_partners(names, candidates, reasons)
+    members: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        for key in candidate.keys if reasons[candidate.name] is None else ():
+            members.setdefault(key, []).append(candidate)
+    targets = {key: _target(source, scheme, key, sharers) for key, sharers in members.items()}
+    _refuse_indivisible(list(targets.values()), scheme)
+    return chosen, targets
+
+
+def _leave_partners(names: Names, candidates: Sequence[Candidate], reasons: dict[str, str | None]) -> None:
+    """Leave in float what shares a checkpoint tensor with something that stays in float."""
+    quantized = {candidate.parameter for candidate in candidates if reasons[candidate.name] is None}
+    sources = names.sources()
+    makes: dict[str, set[str]] = {}
+    for parameter, keys in sources.items():
+        for key in keys:
+            makes.setdefault(key, set()).add(parameter)
+    for candidate in candidates:
+        partners = {other for key in candidate.keys for other in makes.get(key, ())} - quantized
+        if reasons[candidate.name] is None and partners:
+            reasons[candidate.name] = f"shares its tensor on disk with {min(partners)}, which stays in float"
+
+
+def _layout(scheme: Scheme, name: str, candidates: Iterable[Candidate], reasons: dict[str, str | None]) -> ModuleType:
+    """The format of that name, or the one that can hold all of it."""
+    layout = formats.choose(scheme, name)
+    fused = any(each.fused and reasons[each.name] is None and _by_row(scheme) for each in candidates)
+    return formats.native if name == "auto" and layout is formats.compressed_tensors and fused else layout
+
+
+def _by_row(scheme: Scheme) -> bool:
+    """Whether experts can have the scheme: scales by row, nothing stored of activations."""
+    return scheme.weight_granularity == "row" and not scheme.is_static
+
+
+def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings: Findings) -> str | None:
+    """Why this format or scheme can't take a candidate, or None."""
+    if scheme.is_static and not candidate.name.startswith(f"{findings.blocks}."):
+        return "lies outside of the blocks, where no activation is observed"
+    if layout is formats.bitsandbytes and candidate.special:
+        return "is of a class that transformers with bitsandbytes passes by; --format quantkit has it"
+    if not candidate.experts:
+        return None
+    if layout is formats.bitsandbytes:
+        return "bitsandbytes has no quantized experts; --format quantkit has"
+    if not _by_row(scheme):
+        return "experts have scales by row, and activations by token: with this recipe they stay in float"
+    if candidate.transposed and scheme.group_size is not None:
+        return "experts that are stored in x out have no groups; use group=channel"
+    if candidate.fused and layout is formats.compressed_tensors:
+        return (
+            "holds all experts in one tensor, and compressed-tensors needs a layer an expert; --format quantkit has it"
+        )
+    return None
+
+
+def _target(source: Source, scheme: Scheme, key: str, members: Sequence[Candidate]) -> Target:
+    """The target of a key that these candidates are made of."""
+    first, info = members[0], source.weights.tensors[key]
+    transposed = first.keys[key]
+    out_features, in_features = info.shape[-2:] if not transposed else info.shape[:-3:-1]
+    experts = info.shape[0] if len(info.shape) == 3 else 0
+    return Target(
+        tuple(candidate.name for candidate in members),
+        key,
+        out_features,
+        in_features,
+        info.dtype,
+        scheme,
+        tuple(candidate.parameter for candidate in members),
+        transposed,
+        experts,
+        bool(first.experts),
+        whole=len(members) == 1 and len(first.keys) == 1,
+    )
+
+
+def tensor_specs(target: Target, layout: ModuleType | None) -> dict[str, formats.TensorSpec]:
+    """Every tensor that a target is written as, by its full name."""
+    assert layout is not None
+    sizes = (target.scheme, target.out_features, target.in_features, target.dtype)
+    if target.experts:
+        specs = expert_specs(layout, *sizes, transposed=target.transposed)
+    else:
+        specs = layout.tensor_specs(*sizes, transposed=target.transposed)
+    return {prefix + name: spec for prefix in target.prefixes for name, spec in specs.items()}
+
+
+def _refuse_indivisible(targets: Sequence[Target], scheme: Scheme) -> None:
+    """Raise RecipeError naming every layer whose in features the group or block size doesn't divide."""
+    size = BLOCK if scheme.weight_granularity == "block" else scheme.group_size
+    bad = [] if size is None else [target for target in targets if target.in_features % size]
+    if bad:
+        names = ", ".join(dict.fromkeys(f"{target.module} ({target.in_features})" for target in bad))
+        block = scheme.weight_granularity == "block"
+        what, other = ("block", "another scheme") if block else ("group", "group=channel")
+        raise RecipeError(
+            f"{what} size {size} does not divide the in features of {len(bad)} layers: {names}; "
+            f"--ignore them, or use {other}"
+        )
