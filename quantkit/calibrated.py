@@ -22,7 +22,7 @@ from quantkit.checkpoint import Source, empty_copy, use_plain_implementations
 from quantkit.compression import Worked, compress_stage
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
-from quantkit.exploration import without_cache
+from quantkit.exploration import outermost_lists, without_cache
 from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
@@ -66,19 +66,28 @@ def compress_calibrated(
     work = _Work(plan, recipe, source, writer, device)
     size = max(1, BATCH_TOKENS // windows.shape[1])
     batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in torch.split(windows, size)]
-    blocks = [work.model.get_submodule(f"{plan.findings.blocks}.{i}") for i in range(plan.findings.count)]
+    idle = plan.findings.idle
+    numbers = [i for i in range(plan.findings.count) if i not in idle]
+    blocks = [work.model.get_submodule(work.name(i)) for i in numbers]
+    order = [numbers.index(i) for i in plan.findings.order] if work.looped else None
+    for index in idle:
+        work.unobserved(index)
+        track(index)
 
-    def visit(index: int, calls: Calls) -> Callable[..., Any]:
+    def visit(position: int, calls: Calls) -> Callable[..., Any]:
         if calls.number:  # a model that loops through its blocks: this one is compressed already
-            return blocks[index]
+            return blocks[position]
+        index = numbers[position]
         forget_embeddings()
         block = work.block(index, calls)
         track(index)
         return block
 
     with torch.no_grad(), work.lazy.hooked(), work.lazy.embeddings() as forget_embeddings:
+        if plan.findings.reads_outside:
+            work.lazy.fill_outside([*outermost_lists(work.model)])
         try:
-            run_blocks(work.model, blocks, batches, visit, order=plan.findings.order if work.looped else None)
+            run_blocks(work.model, blocks, batches, visit, order=order)
         except OrderError as error:
             raise CheckpointError(f"{source.name} cannot be calibrated block by block: {error}") from error
     return work.done
@@ -99,7 +108,7 @@ class _Work:
         self._sources = plan.names.sources()
         self._parameters = {path for path, _ in self.model.named_parameters(remove_duplicate=False)}
         self.stages = {stage.name: stage for stage in plan.stages}
-        self.looped = len(plan.findings.order) > plan.findings.count
+        self.looped = len(plan.findings.order) > len(set(plan.findings.order))
         self.done = Outcome()
         self._scales: dict[str, torch.Tensor] = {}
         self._undo: dict[int, list[Callable[[], None]]] = {}
@@ -107,6 +116,13 @@ class _Work:
     def name(self, index: int) -> str:
         """The block's name."""
         return f"{self.plan.findings.blocks}.{index}"
+
+    def unobserved(self, index: int) -> None:
+        """Compress and write a block that no text reaches, as its weights are."""
+        stage = self.stages.get(self.name(index))
+        if stage is not None:
+            self.done.layers += compress_stage(stage, self.plan, self.source, self.writer, self.device)
+        self.done.notes.append(f"{self.name(index)} does not run when the model reads text, and is not calibrated")
 
     def block(self, index: int, calls: Calls) -> nn.Module:
         """Calibrate, compress and write one block; it is left with its quantized layers."""

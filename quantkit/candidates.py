@@ -36,6 +36,7 @@ class Candidate:
         keys: the checkpoint keys that it is written to, each with whether it holds K before N there.
         fused: whether a key holds all experts together.
         special: whether it is a module of a class that other software doesn't know for a linear layer.
+        converted: whether its tensors are merged, split or changed while they are loaded.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Candidate:
     keys: dict[str, bool]
     fused: bool
     special: bool = False
+    converted: bool = False
 
     @property
     def owners(self) -> list[str]:
@@ -70,8 +72,9 @@ def candidates_of(source: Source, names: Names, findings: Findings) -> list[Cand
         else:
             keys = names.pieces(parameter, 0 if transposed else 1) or {}
         special = not transposed and type(module) is not nn.Linear
-        plain = Candidate(name, parameter, out_features, in_features, transposed, 0, keys, fused=False, special=special)
-        found.append(plain)
+        changed = parameter not in names.keys
+        sizes = (out_features, in_features, transposed)
+        found.append(Candidate(name, parameter, *sizes, 0, keys, fused=False, special=special, converted=changed))
     for name, use in raw_uses(findings):
         shape = source.skeleton.get_parameter(name).shape
         if use.expert_axis == 0 and len(shape) == 3:

@@ -134,7 +134,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-Dequantize = Callable[[Tensors, dict[str, Any], str], tuple[Tensors, dict[str, Any]]]
+Dequantize = Callable[[Source], tuple[Tensors, dict[str, Any]]]
 
 
 def open_folder(model: str | Path, hub: Hub, dequantize: Dequantize | None = None) -> Source:
@@ -143,21 +143,21 @@ def open_folder(model: str | Path, hub: Hub, dequantize: Dequantize | None = Non
     Args:
         model: the folder or hub id.
         hub: how to find it.
-        dequantize: for a model that is compressed already: makes its tensors and its config those of a float model.
+        dequantize: for a model that is compressed already: gives the tensors and the config of a float model.
 
     Raises:
         CheckpointError: no config, not a causal language model, compressed already, or shards missing or damaged.
     """
     folder = resolve(model, hub)
     config = read_config(folder)
-    weights: Tensors | None = None
-    if dequantize is not None and compressed_as(config) is not None:
-        weights, config = dequantize(ShardReader(folder), config, str(model))
-    refuse_unfit(config, str(model), hub)
-    weights = weights or ShardReader(folder)
+    refuse_unfit(config, str(model), hub, compressed=dequantize is not None)
+    weights = ShardReader(folder)
     skeleton = build_skeleton(folder, hub)
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not _matches(path.name, NOT_COPIED)]
-    return Source(str(model), folder, config, skeleton, weights, files=files)
+    source = Source(str(model), folder, config, skeleton, weights, files=files)
+    if dequantize is not None and compressed_as(config) is not None:
+        source.weights, source.config = dequantize(source)
+    return source
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -165,17 +165,22 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def compressed_as(config: dict[str, Any]) -> Any:
-    """The method by which a checkpoint is compressed, or None for a float one."""
-    stored = config.get("quantization_config") or config.get("compression_config")
-    if not stored:
-        return None
-    return stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+    """The method by which a checkpoint is compressed, or None for a float one.
+
+    A model of several parts may say it in the config of its language model.
+    """
+    nested = config.get("text_config")
+    for holder in (config, nested if isinstance(nested, dict) else {}):
+        stored = holder.get("quantization_config") or holder.get("compression_config")
+        if stored:
+            return stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+    return None
 
 
-def refuse_unfit(config: dict[str, Any], name: str, hub: Hub) -> None:
-    """Return nothing; raise CheckpointError for a model that is compressed already or isn't a causal one."""
+def refuse_unfit(config: dict[str, Any], name: str, hub: Hub, *, compressed: bool = False) -> None:
+    """Return nothing; raise CheckpointError for a model that isn't a causal one, or (unless that may be) compressed."""
     method = compressed_as(config)
-    if method is not None:
+    if method is not None and not compressed:
         raise CheckpointError(
             f"{name} is compressed already (quant_method {method!r}); give the float model that it was made from, or "
             "--dequantize to turn it into float first"
@@ -321,7 +326,10 @@ def empty_copy(model: nn.Module, *, buffers: bool = False) -> nn.Module:
 
 
 def use_plain_implementations(model: nn.Module, *, attention: bool = True) -> None:
-    """Make the model compute in single steps: each expert's product by itself, attention as products and a softmax."""
+    """Make the model compute in single steps: each expert's product by itself, attention as products and a softmax.
+
+    It keeps no cache either: a block that is called again must find what it found before.
+    """
     for attribute in ("_attn_implementation", "_experts_implementation"):
         if attribute == "_attn_implementation" and not attention:
             continue
@@ -329,6 +337,9 @@ def use_plain_implementations(model: nn.Module, *, attention: bool = True) -> No
             config = getattr(module, "config", None)
             if config is not None and getattr(config, attribute, "eager") != "eager":
                 setattr(config, f"{attribute}_internal", "eager")
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "use_cache", None):
+            module.config.use_cache = False  # type: ignore[union-attr]
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:

@@ -39,6 +39,7 @@ class Findings:
         ran: names of all modules that ran.
         order: the numbers of the blocks in the order in which they ran; longer than `count` where the model loops.
         ended: why the pass ended early, or None.
+        reads_outside: whether the model reads parameters of modules that it doesn't run, outside of the blocks.
     """
 
     blocks: str
@@ -48,6 +49,12 @@ class Findings:
     ran: set[str] = field(default_factory=set)
     order: list[int] = field(default_factory=list)
     ended: str | None = None
+    reads_outside: bool = False
+
+    @property
+    def idle(self) -> list[int]:
+        """The numbers of blocks that a text never reaches; none where the pass ended early."""
+        return [] if self.ended is not None else sorted(set(range(self.count)) - set(self.order))
 
 
 def explore(skeleton: nn.Module, seed: int = 0, *, groups: bool = True) -> Findings:
@@ -56,20 +63,28 @@ def explore(skeleton: nn.Module, seed: int = 0, *, groups: bool = True) -> Findi
     Raises:
         CheckpointError: the model has no list of blocks.
     """
+    found = _explored(skeleton, seed, groups, outside=False)
+    if found.ended is None:
+        return found
+    again = _explored(skeleton, seed, groups, outside=True)
+    return found if again.ended is not None and len(found.structures) >= len(again.structures) else again
+
+
+def _explored(skeleton: nn.Module, seed: int, groups: bool, *, outside: bool) -> Findings:
+    """What one pass showed; with `outside` all that lies outside of lists of modules has its weights from the start."""
     model = empty_copy(skeleton, buffers=True).float()
     use_plain_implementations(model)
-    generator = torch.Generator().manual_seed(seed)
     lists = outermost_lists(model)
     if not lists:
         raise CheckpointError(f"{type(model).__name__} has no list of layers to go through block by block")
-    tracer = _Tracer(model, lists, generator, groups)
-    ended = tracer.run()
+    tracer = _Tracer(model, lists, torch.Generator().manual_seed(seed), groups)
+    ended = tracer.run(outside=outside)
     complete = [
         name for name, members in lists.items() if all(f"{name}.{i}" in tracer.ran for i in range(len(members)))
     ]
     # A pass that ended early leaves some members without a turn: then the largest list must be it.
     chosen = max(complete or lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    found = Findings(chosen, len(lists[chosen]), ran=tracer.ran, ended=ended)
+    found = Findings(chosen, len(lists[chosen]), ran=tracer.ran, ended=ended, reads_outside=outside)
     found.order = [int(name.rpartition(".")[2]) for name in tracer.order if name.rpartition(".")[0] == chosen]
     for number in range(found.count):
         name = f"{chosen}.{number}"
@@ -77,7 +92,7 @@ def explore(skeleton: nn.Module, seed: int = 0, *, groups: bool = True) -> Findi
         if isinstance(result, Structure):
             found.structures[number] = result
         else:
-            found.untraced[number] = result or "it did not run"
+            found.untraced[number] = result or "it does not run when the model reads text"
     return found
 
 
@@ -105,12 +120,14 @@ class _Tracer:
         self._tracing = False
         self._kinds: dict[str, tuple[Structure | str, Any]] = {}
 
-    def run(self) -> str | None:
+    def run(self, *, outside: bool) -> str | None:
         """None, or why the pass ended early."""
         lazy = LazyModel(self.model, self._random, apart=self.members)
         self.lazy = lazy
         ended = None
         with torch.no_grad(), lazy.hooked(), lazy.embeddings():
+            if outside:
+                lazy.fill_outside(self.members)
             self._stub_head()
             for name, member in self.members.items():
                 member.forward = self._visitor(name, member, member.forward)  # type: ignore[method-assign]

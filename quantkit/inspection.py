@@ -1,10 +1,11 @@
 """inspect: what a checkpoint holds, tensor by tensor, held against what its config makes a loader expect."""
 
 import copy
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from quantkit import formats
 from quantkit.checkpoint import (
     Hub,
     Source,
+    Tensors,
     build_skeleton,
-    linears,
     read_config,
     resolve,
     tied_parameters,
 )
-from quantkit.hf import quantized_layers, replace_linears
-from quantkit.modules import QuantizedLinear
+from quantkit.errors import CheckpointError
+from quantkit.experts import put_experts, quantized_experts
+from quantkit.hf import Conversions, put_layers, quantized_layers, replace_linears
+from quantkit.linears import linear_modules
 from quantkit.naming import Origin, conversion_problems, names_of
 from quantkit.planning import FLOAT_DTYPES
-from quantkit.shards import ShardReader
+from quantkit.shards import ShardReader, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -132,92 +135,137 @@ def inspect_checkpoint(checkpoint: str | Path, hub: Hub | None = None) -> Inspec
     config = read_config(folder)
     weights = ShardReader(folder)
     skeleton = build_skeleton(folder, hub)
-    stored, name = config.get("quantization_config"), "float"
+    stored, name, conversions, unfit = config.get("quantization_config"), "float", Conversions(()), list[str]()
     if stored is not None:
         layout = formats.of_config(stored, str(checkpoint))
-        replace_linears(skeleton, layout, layout.parse(stored), "auto")
-        name = layout.NAME
+        parsed, name = layout.parse(stored), layout.NAME
+        try:
+            conversions = put_layers(skeleton, layout, parsed, weights.tensors, "auto")
+        except CheckpointError as error:  # what can be told of the tensors as they are is told all the same
+            unfit = [str(error)]
+            replace_linears(skeleton, layout, parsed, "auto")
     source = Source(str(checkpoint), folder, config, skeleton, weights)
     dtypes: Counter[str] = Counter()
     for info in weights.tensors.values():
         dtypes[str(info.dtype).removeprefix("torch.")] += info.nbytes
     tensors = {key: (str(t.dtype).removeprefix("torch."), list(t.shape)) for key, t in weights.tensors.items()}
-    origins = names_of(source)
-    schemes = _schemes(source, origins)
-    return Inspection(str(checkpoint), name, weights.nbytes, dict(dtypes), schemes, tensors, _problems(source, origins))
+    origins = {key: origin for key, origin in names_of(source).items() if key not in conversions.anchors}
+    schemes = _schemes(source, origins, conversions)
+    problems = unfit or [*_problems(source, origins, conversions), *_merged_problems(weights, conversions)]
+    return Inspection(str(checkpoint), name, weights.nbytes, dict(dtypes), schemes, tensors, problems)
 
 
-def _schemes(source: Source, origins: dict[str, Origin]) -> list[SchemeCount]:
-    """Every scheme with its counts: layers as a loader would make them, bytes as they are stored."""
-    tied = tied_parameters(source.skeleton)
+def _schemes(source: Source, origins: dict[str, Origin], conversions: Conversions) -> list[SchemeCount]:
+    """Every scheme with its counts; layers that make a weight together are counted as they lie on disk."""
+    tied, stored = tied_parameters(source.skeleton), source.weights.tensors
     taken: Counter[str] = Counter()
     for key, origin in origins.items():
         if origin.parameter is not None:
-            taken[origin.parameter] += source.weights.tensors[key].nbytes
+            taken[origin.parameter] += stored[key].nbytes
     by_first_name = {tied.get(name, name): size for name, size in taken.items()}
-    layers: Counter[str] = Counter()
-    weights: Counter[str] = Counter()
-    bits: Counter[str] = Counter()
-    for name, module in source.skeleton.named_modules():
-        if isinstance(module, QuantizedLinear):
-            label, leaves = module.scheme.label, list(module.stored)
-        elif isinstance(module, nn.Linear):
-            label, leaves = "float", ["weight"]
-        else:
-            continue
-        names = [f"{name}.{leaf}" for leaf in leaves]
-        layers[label] += 1
-        weights[label] += module.in_features * module.out_features
-        bits[label] += 8 * sum(by_first_name.get(tied.get(full, full), 0) for full in names)
-    return [SchemeCount(label, layers[label], weights[label], bits[label] / weights[label]) for label in layers]
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+    def count(label: str, layers: int, weights: int, nbytes: int) -> None:
+        counts[label].update(layers=layers, weights=weights, bits=8 * nbytes)
+
+    for name, layer in quantized_layers(source.skeleton):
+        names = [f"{name}.{leaf}" for leaf in layer.stored]
+        if conversions.buffers.keys().isdisjoint(names):
+            count(layer.scheme.label, 1, layer.in_features * layer.out_features, sum(map(taken.__getitem__, names)))
+    for name, _, in_features, out_features, _ in linear_modules(source.skeleton):
+        weight = f"{name}.weight"
+        count("float", 1, in_features * out_features, by_first_name.get(tied.get(weight, weight), 0))
+    for merged in conversions.merged.values():
+        numbers = sum(math.prod(shape) for shape in merged.targets.values())
+        nbytes = sum(stored[name].nbytes for name in merged.names())
+        count(merged.scheme.label, len(merged.pieces), numbers, nbytes)
+    return [SchemeCount(label, n["layers"], n["weights"], n["bits"] / n["weights"]) for label, n in counts.items()]
 
 
 def _like(skeleton: nn.Module, model: nn.Module) -> None:
-    """Put quantized layers into a fresh model where the skeleton has them."""
+    """Put quantized layers and experts into a fresh model where the skeleton has them."""
     for name, layer in quantized_layers(skeleton):
         model.set_submodule(name, copy.deepcopy(layer))
+    for name, experts in quantized_experts(skeleton):
+        put_experts(model, name, copy.deepcopy(experts))
 
 
-def _problems(source: Source, origins: dict[str, Origin]) -> list[str]:
-    """What a loader would stumble over."""
-    found, made = [], {origin.parameter for origin in origins.values()}
+@dataclass(frozen=True)
+class _Others:
+    """The tensors of a checkpoint of these names alone."""
+
+    weights: Tensors
+    tensors: dict[str, TensorInfo]
+    nbytes: int = 0
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self.weights.get(name)
+
+
+def _absent(source: Source, origins: dict[str, Origin], conversions: Conversions) -> list[str]:
+    """What no tensor makes, or transformers could not convert, but for what quantized tensors make together."""
+    if any(origin.converted for origin in origins.values()):
+        others = _Others(source.weights, {key: source.weights.tensors[key] for key in origins})
+        found = conversion_problems(replace(source, weights=others), lambda model: _like(source.skeleton, model))
+        elsewhere = {f"no tensor makes {name!r}" for name in conversions.buffers}
+        return [problem for problem in found if problem not in elsewhere]
     tied = tied_parameters(source.skeleton)
-    expected = source.skeleton.state_dict()
+    made = {origin.parameter for origin in origins.values()} | conversions.buffers.keys()
     made |= {tied.get(name, name) for name in made if name}
-    converted = any(origin.converted for origin in origins.values())
-    quantized = {f"{name}.{leaf}": layer for name, layer in quantized_layers(source.skeleton) for leaf in layer.stored}
-    plain = {f"{name}.weight" for name, _ in linears(source.skeleton)}
+    names = [name for name in source.skeleton.state_dict() if name not in made and tied.get(name) not in made]
+    return [f"no tensor makes {name!r}" for name in names]
+
+
+def _problems(source: Source, origins: dict[str, Origin], conversions: Conversions) -> list[str]:
+    """What a loader would stumble over among the tensors that each make one parameter or buffer."""
+    found, expected = _absent(source, origins, conversions), source.skeleton.state_dict()
+    layers = dict(quantized_layers(source.skeleton))
+    quantized = {f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.stored}
+    plain = {f"{name}.weight" for name, *_ in linear_modules(source.skeleton)}
     folders = {key.rpartition(".")[0] for key, origin in origins.items() if origin.parameter in {*quantized, *plain}}
-    if converted:
-        found += conversion_problems(source, lambda model: _like(source.skeleton, model))
-    else:
-        absent = [name for name in expected if name not in made and tied.get(name) not in made]
-        found += [f"no tensor makes {name!r}" for name in absent]
     for key, origin in origins.items():
-        info = source.weights.tensors[key]
-        want = expected.get(origin.parameter or "")
+        info, name = source.weights.tensors[key], origin.parameter or ""
+        want = expected.get(name)
         if origin.parameter is None and key.rpartition(".")[0] in folders and not key.endswith(".bias"):
             found.append(f"tensor {key!r} is not part of its layer's scheme")
         if want is None or origin.converted:
             continue
         if tuple(want.shape) != info.shape:
             found.append(f"tensor {key!r} is {list(info.shape)} where {list(want.shape)} is expected")
-        elif origin.parameter in quantized and not _is_dtype(info.dtype, want.dtype, key):
+        elif name in quantized and not _is_dtype(info.dtype, want.dtype, key):
             found.append(f"tensor {key!r} is {info.dtype} where {want.dtype} is expected")
-        elif origin.parameter in plain and info.dtype not in (*FLOAT_DTYPES, torch.float64):
+        elif name in quantized:
+            layer = layers[name.rpartition(".")[0]]
+            found += _wrong_values(key, source.weights, [layer.out_features, layer.in_features])
+        elif want.is_floating_point() and info.dtype not in (*FLOAT_DTYPES, torch.float64):
             found.append(f"tensor {key!r} is {info.dtype} where the config says that the layer is in float")
-        elif origin.parameter in quantized:
-            found += _wrong_values(key, source.weights.get, quantized[origin.parameter])
     return found
 
 
-def _wrong_values(key: str, get: Callable[[str], torch.Tensor], layer: QuantizedLinear) -> list[str]:
-    """What is wrong with the values of a scale or a stored shape."""
-    if key.endswith("scale") and not _positive(get(key)):
+def _merged_problems(weights: Tensors, conversions: Conversions) -> list[str]:
+    """What is wrong with values of tensors that make weights together; their shapes and dtypes have been found right."""
+    found = []
+    for merged in conversions.merged.values():
+        for piece, stored in zip(merged.pieces, merged.stored, strict=True):
+            words = "weight_packed" if "weight_packed" in stored.leaves else "weight"
+            shape = [weights.tensors[piece.prefix + words].shape[0], stored.columns]
+            for leaf in stored.leaves:
+                found += _wrong_values(piece.prefix + leaf, weights, shape)
+    return found
+
+
+def _wrong_values(key: str, weights: Tensors, shape: list[int]) -> list[str]:
+    """What is wrong with the values of a scale, or with what is stored about a layer [N, K] beside its numbers."""
+    leaf = key.rpartition(".")[2]
+    if leaf.endswith("scale") and not _positive(weights.get(key)):
         return [f"a scale in {key!r} is not a positive finite number"]
-    shape = [layer.out_features, layer.in_features]
-    if key.endswith("weight_shape") and get(key).tolist() != shape:
-        return [f"{key!r} says {get(key).tolist()} where the layer is {shape}"]
+    if leaf == "SCB" and not _positive(weights.get(key), weights.get(f"{key.removesuffix(leaf)}weight")):
+        return [f"a scale in {key!r} is not a positive finite number"]
+    if leaf == "weight_shape" and weights.get(key).tolist() != shape:
+        return [f"{key!r} says {weights.get(key).tolist()} where the layer is {shape}"]
+    if leaf == "weight_format" and int(weights.get(key)):
+        return [f"{key!r} is {int(weights.get(key))} where 0, which means rows, is expected"]
     return []
 
 
@@ -226,6 +274,8 @@ def _is_dtype(found: torch.dtype, expected: torch.dtype, key: str) -> bool:
     return found in FLOAT_DTYPES if key.endswith("scale") else found == expected
 
 
-def _positive(scale: torch.Tensor) -> bool:
+def _positive(scale: torch.Tensor, codes: torch.Tensor | None = None) -> bool:
+    """Whether scales are positive and finite; with codes, 0 will do for a row of zeros."""
     values = scale.float()
-    return bool(((values > 0) & torch.isfinite(values)).all())
+    right = values > 0 if codes is None else (values > 0) | ((values == 0) & (codes == 0).all(1))
+    return bool((right & torch.isfinite(values)).all())

@@ -7,7 +7,8 @@ pyproject.toml say which releases were tried.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from quantkit.checkpoint import Source, empty_copy, tied_parameters
 from quantkit.errors import CheckpointError
+from quantkit.linears import linear_modules
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,57 @@ def _renamed(
             name, pattern = rename_source_key(key, [], [], prefix, state)
         found[key] = (name if name in state else None, pattern)
     return found
+
+
+def _reverted(
+    model: nn.Module, conversions: Iterable[Any], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors that these parameters are written as, by the conversions that were used to find out their names."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    absent = object()
+    had = model.__dict__.get("_weight_conversions", absent)
+    # What was used to read this checkpoint is what must be undone, as after from_pretrained.
+    model._weight_conversions = [entry for entry in conversions if entry.was_used()]  # type: ignore[assignment]
+    try:
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(parameters))
+        return reverted
+    finally:
+        if had is absent:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = had  # type: ignore[assignment]
+
+
+def float_layout(source: Source) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """What a compressed checkpoint's float tensors look like, for what its files leave open.
+
+    Shapes by the key of the float tensor, as far as the model tells, and the keys of weights that it has as [K, N].
+    """
+    model = source.skeleton
+    keys = dict.fromkeys(name for key in source.weights.tensors for name in _float_keys(key))
+    renamings, converters = _mapping(model)
+    renamed = _renamed(model, keys, renamings, converters)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    plain = {key: name for key, (name, pattern) in renamed.items() if name in parameters and pattern is None}
+    shapes = {key: tuple(parameters[name].shape) for key, name in plain.items() if name is not None}
+    if any(pattern is not None for _, pattern in renamed.values()):
+        written = _reverted(model, [*renamings, *converters], parameters)
+        shapes = {key: tuple(tensor.shape) for key, tensor in written.items() if key in keys} | shapes
+    turned = {f"{name}.weight" for name, _, _, _, transposed in linear_modules(model) if transposed}
+    return shapes, {key for key, name in plain.items() if name in turned}
+
+
+def _float_keys(key: str) -> Iterator[str]:
+    """The names that a stored tensor's float tensor may have: a layer's weight, or experts that lie apart on disk."""
+    stem = re.sub(r"\.weight(_packed)?$", "", key)
+    if stem == key:
+        yield key
+        return
+    yield f"{stem}.weight"
+    together = re.sub(r"\.\d+(\.[^.]+)$", r"\1", stem)
+    if together != stem:
+        yield from (together, f"{together}.weight")
 
 
 class Names:
@@ -141,22 +194,7 @@ class Names:
         return found | (self._reverted(rest) if rest else {})
 
     def _reverted(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        model = self._model
-        had = model.__dict__.get("_weight_conversions", self)
-        # What was used to read this checkpoint is what must be undone, as after from_pretrained.
-        model._weight_conversions = [  # type: ignore[assignment]
-            entry for entry in (*self._renamings, *self._converters) if entry.was_used()
-        ]
-        try:
-            reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(parameters))
-            return reverted
-        finally:
-            if had is self:
-                del model._weight_conversions
-            else:
-                model._weight_conversions = had  # type: ignore[assignment]
+        return _reverted(self._model, [*self._renamings, *self._converters], parameters)
 
     def pieces(self, parameter: str, in_axis: int) -> dict[str, bool] | None:
         """The keys that a converted parameter [..., N, K] is written to, each with whether it holds K before N.
@@ -206,7 +244,10 @@ def conversion_problems(source: Source, prepare: Callable[[nn.Module], None] | N
         prepare(model)
     ties = tied_parameters(model)
     state = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in source.weights.tensors.items()}
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model) or []
+    for entry in mapping:
+        if getattr(entry, "force_cpu", False):
+            entry.force_cpu = False  # there is nothing to be moved
     settings = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
     info, _ = convert_and_load_state_dict_in_model(model, state, settings)
     names = list(model.state_dict())

@@ -13,12 +13,13 @@ from quantkit_calibration.data import calibration_windows
 from torch import nn
 
 from quantkit.calibrated import compress_calibrated
-from quantkit.checkpoint import Hub, Source, open_folder, open_model
+from quantkit.checkpoint import Hub, Source, Tensors, open_folder, open_model
 from quantkit.compression import compress_stage
 from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
 from quantkit.errors import DataError, QuantkitError, RecipeError
 from quantkit.memory import peak_memory_bytes
+from quantkit.naming import float_layout
 from quantkit.outcome import Outcome
 from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
 from quantkit.pairing import Pair, check_vocabulary, require_tokenizer, tokenizer_of, window_length
@@ -203,7 +204,13 @@ def open_source(model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, dequ
     """The source of a folder, a hub id or a model in memory."""
     if isinstance(model, nn.Module):
         return open_model(model, tokenizer)
-    return open_folder(model, hub, dequantized if dequantize else None)
+    return open_folder(model, hub, _as_float if dequantize else None)
+
+
+def _as_float(source: Source) -> tuple[Tensors, dict[str, Any]]:
+    """The float tensors and config that a compressed source stands for."""
+    shapes, transposed = float_layout(source)
+    return dequantized(source.weights, source.config, source.name, shapes=shapes, transposed=transposed)
 
 
 def calibration_data(

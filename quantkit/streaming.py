@@ -103,6 +103,15 @@ class LazyModel:
         else:
             module._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
 
+    def fill_outside(self, apart: Collection[str]) -> None:
+        """Give every parameter that lies in none of these modules its value, for as long as the hooks are there.
+
+        For models that read a module's parameters without running it.
+        """
+        names = [name for name, _ in _tensors(self.model, "") if not any(name.startswith(f"{part}.") for part in apart)]
+        for name, value in self.provide(names).items():
+            self._put(name, value)
+
     @contextmanager
     def embeddings(self) -> Iterator[Callable[[], None]]:
         """The input embeddings are there from now on; what it gives takes them away again, as leaving it does.

@@ -127,10 +127,10 @@ def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings:
     """Why this format or scheme can't take a candidate, or None."""
     if scheme.is_static and not candidate.name.startswith(f"{findings.blocks}."):
         return "lies outside of the blocks, where no activation is observed"
-    if layout is formats.bitsandbytes and candidate.special:
-        return "is of a class that transformers with bitsandbytes passes by; --format quantkit has it"
+    if scheme.is_static and any(candidate.name.startswith(f"{findings.blocks}.{i}.") for i in findings.idle):
+        return "does not run when the model reads text, so that no activation is observed"
     if not candidate.experts:
-        return None
+        return _against_linear(candidate, layout)
     if layout is formats.bitsandbytes:
         return "bitsandbytes has no quantized experts; --format quantkit has"
     if not _by_row(scheme):
@@ -142,6 +142,16 @@ def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings:
             "holds all experts in one tensor, and compressed-tensors needs a layer an expert; --format quantkit has it"
         )
     return None
+
+
+def _against_linear(candidate: Candidate, layout: ModuleType) -> str | None:
+    """Why a plain linear layer can't be stored in this format, or None."""
+    if layout is formats.bitsandbytes and candidate.special:
+        return "is of a class that transformers with bitsandbytes passes by; --format quantkit has it"
+    if layout is formats.bitsandbytes and candidate.converted:
+        return "is merged or split while it is loaded, which bitsandbytes cannot do; --format quantkit has it"
+    odd = next((key for key in candidate.keys if not key.endswith(".weight")), None)
+    return None if odd is None else f"is stored as {odd!r}, whose name has no place for a scale beside a weight"
 
 
 def _target(source: Source, scheme: Scheme, key: str, members: Sequence[Candidate]) -> Target:

@@ -7,6 +7,7 @@ A line an architecture and recipe. Architectures that OUT holds already are left
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -77,8 +78,9 @@ def _one(
     model = quantkit.load(out)
     with torch.no_grad():
         logits = model(**batch).logits.double()
-    centred = expected - expected.mean(-1, keepdim=True)
-    error = float((logits - expected).norm() / centred.norm())
+    error = relative(logits, expected)
+    noise = _noise(source, out, steps, batch, expected)
+    decoded = _decoded(out, batch, logits) if steps == ["int8"] else None
     states: dict[str, int] = {}
     for group in report.groups:
         if group.state != "refused" or group.kind == "norm":
@@ -87,6 +89,8 @@ def _one(
     return {
         "format": report.format,
         "error": error,
+        "noise": noise,
+        "decoded": decoded,
         "kl": _kl(expected, logits),
         "quantized": sum(n * k for n, k in (layer.shape for layer in report.layers)) / parameters,
         "layers": len(report.layers),
@@ -96,6 +100,67 @@ def _one(
         "left": sorted({item.reason for item in report.left_alone}),
         "notes": report.notes,
     }
+
+
+def relative(logits: Any, expected: Any) -> float:
+    """The norm of the difference over that of the expected logits about their mean."""
+    return float((logits - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm())
+
+
+def _logits(folder: Path, batch: Any) -> Any:
+    """Logits of a float checkpoint, in float64."""
+    import torch
+
+    import quantkit
+
+    with torch.no_grad():
+        return quantkit.load(folder, dtype="float32")(**batch).logits.double()
+
+
+def _noise(source: Path, out: Path, steps: list[str], batch: Any, expected: Any) -> float:
+    """What random rounding errors cost the float model: the error that 8 bits explain.
+
+    Every weight that was quantized is moved by a random share of half a step of its own number format (int8: the row's
+    absmax / 127; E4M3: an eighth of the power of two below the number), and by sqrt(2) of it where activations are
+    quantized too, which err by as much. The mean of three draws.
+    """
+    import torch
+    from models import read_tensors
+    from safetensors.torch import save_file
+
+    before, after = read_tensors(source), read_tensors(out)
+    errors = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for key, value in before.items():
+            tensors[key] = value
+            if value.ndim > 1 and (key not in after or not after[key].is_floating_point() or after[key].itemsize == 1):
+                step = value.abs().amax(-1, keepdim=True) / 127
+                if "fp8" in steps:
+                    step = torch.exp2(torch.floor(torch.log2(value.abs().clamp(min=1e-30)))) / 8
+                noise = torch.rand(value.shape, generator=generator) - 0.5
+                tensors[key] = value + noise * step * (1.0 if steps == ["int8"] else 2**0.5)
+        with tempfile.TemporaryDirectory() as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+            save_file(tensors, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
+            errors.append(relative(_logits(Path(temporary), batch), expected))
+    return sum(errors) / len(errors)
+
+
+def _decoded(out: Path, batch: Any, logits: Any) -> float:
+    """How far the packed model is from the float model with its decoded weights, which transformers loads."""
+    from safetensors.torch import save_file
+
+    from quantkit.checkpoint import Hub, open_folder
+    from quantkit.dequantization import dequantized
+
+    opened = open_folder(out, Hub(), dequantized)
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "config.json").write_text(json.dumps(opened.config))
+        tensors = {key: opened.weights.get(key).clone() for key in opened.weights.tensors}
+        save_file(tensors, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
+        return relative(logits, _logits(Path(temporary), batch))
 
 
 def _kl(expected: Any, logits: Any) -> float:
