@@ -9,17 +9,20 @@ Which modules hold the blocks is seen as well: of the outermost lists of modules
 most parameters. A vision tower doesn't run on a text.
 """
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantkit.checkpoint import empty_copy, output_head, use_plain_implementations
-from quantkit.discovery import Structure, discover, randomize_
-from quantkit.errors import CheckpointError
+from quantkit.checkpoint import empty_copy, output_head, tied_parameters, use_plain_implementations
+from quantkit.discovery import Refusal, Structure, discover, randomize_
+from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
+from quantkit.scheme import Scheme
 from quantkit.streaming import LazyModel
 
 TOKENS = (2, 8)
@@ -77,6 +80,8 @@ def _explored(skeleton: nn.Module, seed: int, groups: bool, *, outside: bool) ->
     lists = outermost_lists(model)
     if not lists:
         raise CheckpointError(f"{type(model).__name__} has no list of layers to go through block by block")
+    ties = tied_parameters(model)
+    shared = {*ties, *ties.values()}
     tracer = _Tracer(model, lists, torch.Generator().manual_seed(seed), groups)
     ended = tracer.run(outside=outside)
     complete = [
@@ -90,10 +95,23 @@ def _explored(skeleton: nn.Module, seed: int, groups: bool, *, outside: bool) ->
         name = f"{chosen}.{number}"
         result = tracer.results.get(name)
         if isinstance(result, Structure):
-            found.structures[number] = result
+            found.structures[number] = _own_groups(name, result, shared)
         else:
             found.untraced[number] = result or "it does not run when the model reads text"
     return found
+
+
+def _own_groups(block: str, structure: Structure, shared: Collection[str]) -> Structure:
+    """The structure without groups that would change a parameter that is used elsewhere as well."""
+    groups, refusals = [], list(structure.refusals)
+    for group in structure.groups:
+        names = {edit.parameter for edit in (*group.producers, *group.consumers)}
+        also = sorted(name for name in names if f"{block}.{name}" in shared)
+        if also:
+            refusals.append(Refusal(group.name, group.kind, f"{also[0]} is shared with another part of the model"))
+        else:
+            groups.append(group)
+    return replace(structure, groups=tuple(groups), refusals=tuple(refusals))
 
 
 def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -175,7 +193,8 @@ class _Tracer:
         """The block's structure, or why it could not be traced."""
         self._tracing = True
         try:
-            return discover(member, args, kwargs, groups=self.groups)
+            structure = discover(member, args, kwargs, groups=self.groups)
+            return _packable(member, structure, args, kwargs)
         except Exception as error:  # the trace runs the model's own code several times
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
         finally:
@@ -216,6 +235,37 @@ class _Tracer:
                     rows.mul_(value[0].numel() ** -0.5)
             found[name] = tensor
         return found
+
+
+def _packable(block: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
+    """The structure; parameters of experts that the block's own code can't multiply packed have the role `float`.
+
+    Each is quantized and tried in the block: code that reads a weight in another way than `QuantizedExperts` serves
+    raises there.
+    """
+    uses = []
+    for use in structure.linears:
+        owner, _, leaf = use.parameter.rpartition(".")
+        module = block.get_submodule(owner)
+        weight = module._parameters.get(leaf)
+        if use.expert_axis != 0 or use.role != "linear" or weight is None or weight.ndim != 3:
+            uses.append(use)
+            continue
+        codes, scale = quantize_experts(weight[:1].detach(), Scheme("int8"), use.in_axis)
+        experts = len(weight)
+        packed = QuantizedExperts(
+            codes.expand(experts, -1, -1), scale.expand(experts, -1, -1), use.in_axis, Scheme("int8")
+        )
+        put_experts(block, use.parameter, packed)
+        try:
+            block(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            uses.append(use)
+        except QuantkitError as error:
+            uses.append(replace(use, role="float", reason=f"stays in float, as {error}"))
+        finally:
+            del module._modules[leaf]
+            module._parameters[leaf] = weight
+    return replace(structure, linears=tuple(uses))
 
 
 ROWS = 256

@@ -244,7 +244,7 @@ def _problems(source: Source, origins: dict[str, Origin], conversions: Conversio
 
 
 def _merged_problems(weights: Tensors, conversions: Conversions) -> list[str]:
-    """What is wrong with values of tensors that make weights together; their shapes and dtypes have been found right."""
+    """What is wrong with values of tensors that make weights together; shapes and dtypes have been found right."""
     found = []
     for merged in conversions.merged.values():
         for piece, stored in zip(merged.pieces, merged.stored, strict=True):

@@ -137,7 +137,7 @@ def _ignored(candidates: Iterable[Candidate], left: dict[str, str], layout: Modu
         if not candidate.experts:
             found.append(candidate.name)
         elif layout is formats.compressed_tensors:
-            found += [f"re:{re.escape(owner)}\\..*" for owner in candidate.owners]
+            found += [f"re:{re.escape(owner)}\\.[0-9]+\\." for owner in candidate.owners]
     return tuple(dict.fromkeys(found))
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -36,16 +36,28 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture(scope="session")
-def compressed(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Callable[..., Path]:
-    """The folder of a tiny model compressed by a bundled recipe. Not to be changed: copy it."""
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `quantize` is told of calibration data for the tiny models: 8 windows of 32 of a text's bytes."""
+    path = tmp_path_factory.mktemp("calibration") / "text.txt"
+    path.write_text(" ".join(f"{number} is no {number * number % 997}." for number in range(400)), encoding="utf-8")
+    return {"dataset": str(path), "samples": 8, "seq_len": 32}
+
+
+@pytest.fixture(scope="session")
+def compressed(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path], calibration: dict[str, Any]
+) -> Callable[..., Path]:
+    """The folder of a tiny model compressed by a bundled recipe, with data if it observes. Not to be changed: copy it."""
     from quantkit import quantize
+    from quantkit.recipe import load_recipe
 
     made: dict[tuple[str, str, str], Path] = {}
 
     def folder(recipe: str = "w8a8", name: str = "llama", form: str = "auto") -> Path:
         if (recipe, name, form) not in made:
             output = tmp_path_factory.mktemp("compressed") / f"{recipe}-{name}"
-            quantize(model_folder(name), output, recipe=recipe, format=form, progress=False)
+            data = calibration if load_recipe(recipe).observes else {}
+            quantize(model_folder(name), output, recipe=recipe, format=form, progress=False, **data)
             made[recipe, name, form] = output
         return made[recipe, name, form]
 

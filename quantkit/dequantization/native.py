@@ -1,11 +1,12 @@
 """The `quantkit` kind: quantkit's own format, whose codes lie in words (see `quantkit.formats.native`).
 
 A row of words holds K rounded up to a multiple of 4: where 4 doesn't divide it, only a group size or the model says K.
-Experts that one parameter `O.P` holds together are stored a layer an expert, as `O.0.P`, and become `O.P` again.
+Experts that one parameter `O.P` holds together are stored a layer an expert, as `O.0.P`, and become `O.P` again; those
+in x out are stored so, [K, N], with a scale [1, N].
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 
 import torch
@@ -34,8 +35,8 @@ def plan(source: Source) -> Plan:
         if not key.endswith(".weight") or info.dtype != torch.int32:
             continue
         module = key.removesuffix(".weight")
-        together = re.sub(r"\.\d+(\.[^.]+)$", r"\1", module)
-        if together in modules and module not in modules:
+        together = _together(source, module, modules)
+        if together is not None:
             experts.setdefault(together, []).append(module)
         else:
             made.add(key, _part(source, key, [module], _scheme_of(layout, module, source.where)))
@@ -48,6 +49,20 @@ def plan(source: Source) -> Plan:
     return made
 
 
+def _together(source: Source, module: str, modules: Collection[str]) -> str | None:
+    """The float tensor that holds all experts of which a module is one, or None.
+
+    Its name is the module's without the expert's number. The model tells that it has three axes, or else the config
+    names it as what is quantized.
+    """
+    stem = re.sub(r"\.\d+(\.[^.]+)$", r"\1", module)
+    if stem == module or module in modules or f"{module}.weight" in source.shapes:
+        return None
+    names = (stem, f"{stem}.weight")
+    found = next((name for name in names if len(source.shapes.get(name, ())) == 3), None)
+    return found or next((name for name in names if name in modules), None)
+
+
 def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part:
     """The part of one layer, or of experts that make one parameter."""
     tensors, where = source.weights.tensors, source.where
@@ -57,13 +72,16 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
         raise damaged(where, f"{first!r} has the shape {list(tensors[first].shape)}, no matrix")
     scale = need(source.weights, f"{members[0]}.weight_scale", first, where).shape
     columns = 4 * words
-    if scheme.group_size is not None:
+    by_column = scheme.weight_granularity == "row" and len(scale) == 2 and scale[0] == 1 and scale != (rows, 1)
+    if by_column:
+        columns = scale[1]
+    elif scheme.group_size is not None:
         columns = scheme.group_size * (scale[-1] if scale else 1)
     elif name in source.shapes:
         columns = source.shapes[name][-2 if name in source.transposed else -1]
     if -(-columns // 4) != words:
         raise damaged(where, f"{first!r} has {words} words a row, too few or many for K = {columns}")
-    block = _block(scheme, rows, columns)
+    block = (rows, 1) if by_column else _block(scheme, rows, columns)
     for member in members:
         key = f"{member}.weight_scale"
         check_grid(need(source.weights, key, f"{member}.weight", where).shape, (rows, columns), block, key, where)

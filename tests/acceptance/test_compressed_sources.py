@@ -96,35 +96,38 @@ def decode(folder: Path, floats: Tensors) -> Tensors:
     """The float tensors that a folder of compressed-tensors, bitsandbytes or quantkit's own format stands for."""
     stored, found = models.read_tensors(folder), dict(floats)
     for key, value in floats.items():
-        stem = key.removesuffix("weight")
-        if f"{stem}SCB" in stored:
-            rows = by_rows(stored[key], stored[f"{stem}SCB"].div(127)[:, None], value.dtype)
-            found[key] = rows if rows.shape == value.shape and "c_" not in key else rows.t()
-        elif f"{stem}weight_packed" in stored:
-            shape = stored[f"{stem}weight_shape"].tolist()
-            raw = stored[f"{stem}weight_packed"].view(torch.uint8)[:, : shape[1]]
-            rows = by_rows(raw.to(torch.int16) - 128, stored[f"{stem}weight_scale"], value.dtype)
-            found[key] = rows.t() if "c_" in key else rows
-        elif stem != key and f"{stem}weight_scale" in stored:
-            found[key] = own_or_plain(stored[key], stored[f"{stem}weight_scale"], value)
-        elif key not in stored:
-            owner, _, leaf = key.rpartition(".")
-            experts = [
-                own_or_plain(stored[f"{owner}.{e}.{leaf}.weight"], stored[f"{owner}.{e}.{leaf}.weight_scale"], value[e])
-                for e in range(len(value))
-            ]
-            found[key] = torch.stack(experts)
+        stem, conv1d = key.removesuffix("weight"), ".c_" in key  # GPT-2's weights are [K, N]
+        if key not in stored and f"{stem}weight_packed" not in stored:
+            parts = [experts_layer(stored, stem, e) for e in range(len(value))]
+            found[key] = torch.stack([one_layer(stored, part, value[e], False) for e, part in enumerate(parts)])
+        elif any(f"{stem}{leaf}" in stored for leaf in ("SCB", "weight_scale")):
+            found[key] = one_layer(stored, stem, value, conv1d)
     return found
 
 
-def own_or_plain(codes: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """A float tensor of codes in bytes, or in words of quantkit's own format; by rows, or by columns in x out."""
-    if codes.dtype == torch.int32:
-        columns = like.shape[0] if scale.shape[0] == codes.shape[0] != like.shape[0] else like.shape[1]
-        codes = codes.view(torch.int8)[:, :columns]
-    if scale.shape[0] == 1 and codes.shape[0] != 1:
+def experts_layer(stored: Tensors, stem: str, number: int) -> str:
+    """What the names of one expert's tensors begin with: its number stands before the last part of the name."""
+    owner, _, leaf = stem.removesuffix(".").rpartition(".")
+    assert f"{owner}.{number}.{leaf}.weight" in stored
+    return f"{owner}.{number}.{leaf}."
+
+
+def one_layer(stored: Tensors, stem: str, like: Tensor, conv1d: bool) -> Tensor:
+    """The float weight of one layer, of the shape and dtype of `like`."""
+    if f"{stem}SCB" in stored:
+        rows = by_rows(stored[f"{stem}weight"], stored[f"{stem}SCB"].div(127)[:, None], like.dtype)
+        return rows.t() if conv1d else rows
+    scale, columns = stored[f"{stem}weight_scale"], like.shape[0 if conv1d else 1]
+    if f"{stem}weight_packed" in stored:
+        codes = stored[f"{stem}weight_packed"].view(torch.uint8)[:, :columns].to(torch.int16) - 128
+    elif stored[f"{stem}weight"].dtype == torch.int32:
+        codes = stored[f"{stem}weight"].view(torch.int8)[:, :columns]
+    else:
+        codes = stored[f"{stem}weight"].t() if conv1d else stored[f"{stem}weight"]
+    if scale.shape == (1, like.shape[1]):  # experts in x out
         return (codes.float() * scale.float()).to(like.dtype)
-    return by_rows(codes, scale, like.dtype)
+    rows = by_rows(codes, scale, like.dtype)
+    return rows.t() if conv1d else rows
 
 
 def quantized_both_ways(compressed: Path, floats: Path, folder: Path, **words: Any) -> None:

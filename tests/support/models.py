@@ -15,6 +15,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -149,18 +151,18 @@ def opt_short_names(folder: Path) -> Path:
 
 
 def gpt2_model(**changes: Any) -> PreTrainedModel:
-    """A GPT-2, in memory: its layers are Conv1D, so that no plain linear layer but the output layer is there."""
+    """A GPT-2, in memory: its layers are Conv1D, whose weights are in x out."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": VOCABULARY}
     return randomized(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=256, **changes)))
 
 
 def gpt2(folder: Path) -> Path:
-    """Tied: nothing plain to quantize at all."""
+    """Tied, in x out."""
     return save(gpt2_model(), folder)
 
 
 def gpt2_untied(folder: Path) -> Path:
-    """Nothing plain to quantize but the output layer."""
+    """As `gpt2`, with an output layer of its own, which is a plain linear layer."""
     return save(gpt2_model(tie_word_embeddings=False), folder)
 
 
@@ -168,6 +170,12 @@ def mixtral(folder: Path) -> Path:
     """A mixture of experts: fused parameters in the model, a linear layer an expert on disk."""
     sizes = {**LLAMA, "hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2}
     return save(randomized(MixtralForCausalLM(MixtralConfig(**sizes))), folder)
+
+
+def gpt_oss(folder: Path) -> Path:
+    """A mixture of experts that lie together in one tensor, in x out, in the model and on disk."""
+    sizes = {**LLAMA, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_local_experts": 4}
+    return save(randomized(GptOssForCausalLM(GptOssConfig(**sizes, num_experts_per_tok=2))), folder)
 
 
 def bert(folder: Path) -> Path:
@@ -192,6 +200,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
         gpt2,
         gpt2_untied,
         mixtral,
+        gpt_oss,
         bert,
     )
 }
