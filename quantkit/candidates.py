@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from quantkit.checkpoint import Source, output_head, tied_parameters
+from quantkit.checkpoint import Source, is_usual_linear, output_head, tied_parameters
 from quantkit.discovery import LinearUse, weights_read_elsewhere
 from quantkit.exploration import Findings
 from quantkit.linears import linear_modules
@@ -71,18 +70,30 @@ def candidates_of(source: Source, names: Names, findings: Findings) -> list[Cand
             keys = {names.keys[parameter]: transposed}
         else:
             keys = names.pieces(parameter, 0 if transposed else 1) or {}
-        special = not transposed and type(module) is not nn.Linear
+        special = not is_usual_linear(module)
         changed = parameter not in names.keys
-        sizes = (out_features, in_features, transposed)
-        found.append(Candidate(name, parameter, *sizes, 0, keys, fused=False, special=special, converted=changed))
+        found.append(
+            Candidate(
+                name,
+                parameter,
+                out_features,
+                in_features,
+                transposed,
+                0,
+                keys,
+                fused=False,
+                special=special,
+                converted=changed,
+            )
+        )
     for name, use in raw_uses(findings):
         shape = source.skeleton.get_parameter(name).shape
         if use.expert_axis == 0 and len(shape) == 3:
             transposed = use.in_axis == 1
             keys = {names.keys[name]: transposed} if name in names.keys else names.pieces(name, use.in_axis) or {}
             fused = any(len(source.weights.tensors[key].shape) == 3 for key in keys)
-            sizes = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
-            found.append(Candidate(name, name, *sizes, transposed, shape[0], keys, fused))
+            rows, columns = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+            found.append(Candidate(name, name, rows, columns, transposed, shape[0], keys, fused))
     return found
 
 

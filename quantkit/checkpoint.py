@@ -199,11 +199,22 @@ def refuse_unfit(config: dict[str, Any], name: str, hub: Hub, *, compressed: boo
             f"{name} runs code of its own; pass --trust-remote-code if you have read and trust what is in its folder"
         )
     causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    if not remote and architectures and not causal.intersection(architectures):
+    if not remote and architectures and not (causal | _registered()).intersection(architectures):
         raise CheckpointError(
             f"{name} holds {architectures[0]}, which is not a causal language model; give one that generates text "
             "(architectures ending in ForCausalLM)"
         )
+
+
+def _registered() -> set[str]:
+    """The names of classes that a user's program has registered with transformers' auto classes."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    found: set[str] = set()
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        for classes in kind._model_mapping._extra_content.values():
+            found |= {each.__name__ for each in (classes if isinstance(classes, tuple) else (classes,))}
+    return found
 
 
 def build_skeleton(folder: Path, hub: Hub) -> nn.Module:
@@ -373,6 +384,13 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module
+
+
+def is_usual_linear(module: nn.Module) -> bool:
+    """Whether a linear layer is of a class that transformers with bitsandbytes knows for one."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def load_tokenizer(

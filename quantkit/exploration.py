@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from quantkit.checkpoint import empty_copy, output_head, tied_parameters, use_plain_implementations
 from quantkit.discovery import Refusal, Structure, discover, randomize_
@@ -136,7 +137,7 @@ class _Tracer:
         self.ran: set[str] = set()
         self.order: list[str] = []
         self._tracing = False
-        self._kinds: dict[str, tuple[Structure | str, Any]] = {}
+        self._kinds: dict[str, tuple[Structure | str, Any, str]] = {}
 
     def run(self, *, outside: bool) -> str | None:
         """None, or why the pass ended early."""
@@ -171,11 +172,15 @@ class _Tracer:
             self.order.append(name)
             if name in self.results:
                 self._fill(name, member)
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+                self.lazy.empty(name, member)
+                return output
             kind = _kind(member, args, kwargs)
             if kind in self._kinds:
-                self.results[name], output = self._kinds[kind]
+                self.results[name], output, like = self._kinds[kind]
                 if sum(p.numel() for p in member.parameters()) >= LARGE_BLOCK:
+                    ran = [path for path in self.lazy.ran if path.startswith(f"{like}.")]
+                    self.lazy.ran |= {name + path.removeprefix(like) for path in ran}
                     return output
                 self._fill(name, member)
                 output = original(*args, **kwargs)
@@ -183,7 +188,7 @@ class _Tracer:
                 self._fill(name, member)
                 self.results[name] = self._traced(member, args, kwargs)
                 output = original(*args, **kwargs)
-                self._kinds[kind] = (self.results[name], output)
+                self._kinds[kind] = (self.results[name], output, name)
             self.lazy.empty(name, member)
             return output
 
@@ -293,6 +298,7 @@ def without_cache(model: nn.Module) -> dict[str, Any]:
 def _kind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """A text that is the same for blocks that do the same: modules, shapes, switches, and the kinds of arguments."""
     parts = [str(len(args)), *sorted(f"{key}={type(value).__name__}" for key, value in kwargs.items())]
+    parts += [str(tuple(leaf.shape)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     for path, module in block.named_modules():
         switches = sorted(f"{k}={v}" for k, v in vars(module).items() if isinstance(v, (bool, str)))
         shapes = [f"{leaf}{tuple(p.shape)}" for leaf, p in module._parameters.items() if p is not None]

@@ -2,13 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from quantkit import formats
 from quantkit.candidates import FLOAT_DTYPES, Candidate, Reasons, candidates_of
-from quantkit.checkpoint import Source, tied_parameters
+from quantkit.checkpoint import Source, linears, tied_parameters
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.exploration import Findings, explore
 from quantkit.naming import Names, Origin, conversion_problems
@@ -116,11 +116,11 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
         tuple(candidate for candidate in candidates if candidate.name not in left),
         _left_alone(source, {name for target in targets.values() for name in target.parameters}, left, findings),
         tuple(candidate.name for candidate in candidates if candidate.name in left and not candidate.experts),
-        _ignored(candidates, left, chosen),
+        _ignored(source, candidates, left, chosen),
         tuple(key for key, origin in names.origins.items() if origin.parameter is None),
         _renamed(source, names.origins),
         patterns,
-        _notes(findings),
+        _notes(findings, chosen, [each for each in candidates if each.name not in left]),
         output,
         chosen,
         findings,
@@ -128,9 +128,15 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
     )
 
 
-def _ignored(candidates: Iterable[Candidate], left: dict[str, str], layout: ModuleType | None) -> tuple[str, ...]:
-    """What is left in float, for a config: modules by name, experts (compressed-tensors) by a regex of their layers."""
-    found = []
+def _ignored(
+    source: Source, candidates: Sequence[Candidate], left: dict[str, str], layout: ModuleType | None
+) -> tuple[str, ...]:
+    """What is left in float, for a config: modules by name, experts (compressed-tensors) by a regex of their layers.
+
+    A module of a subclass of nn.Linear that computes something else is named too: others would take it for one.
+    """
+    known = {candidate.name for candidate in candidates}
+    found = [name for name, _ in linears(source.skeleton) if name not in known]
     for candidate in candidates:
         if candidate.name not in left:
             continue
@@ -141,7 +147,7 @@ def _ignored(candidates: Iterable[Candidate], left: dict[str, str], layout: Modu
     return tuple(dict.fromkeys(found))
 
 
-def _notes(findings: Findings) -> tuple[str, ...]:
+def _notes(findings: Findings, layout: ModuleType | None, quantized: Sequence[Candidate]) -> tuple[str, ...]:
     """What a reader should know of how the data flow was seen."""
     notes = []
     if findings.ended is not None:
@@ -150,6 +156,11 @@ def _notes(findings: Findings) -> tuple[str, ...]:
         )
     for number, why in findings.untraced.items():
         notes.append(f"block {number} was not traced: {why}")
+    if layout is formats.compressed_tensors and any(each.transposed and not each.experts for each in quantized):
+        notes.append(
+            "transformers with compressed-tensors passes Conv1D layers by and takes their codes for weights; load it "
+            "with quantkit, or serve it with vLLM"
+        )
     return tuple(notes)
 
 

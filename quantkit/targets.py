@@ -112,10 +112,24 @@ def _leave_partners(names: Names, candidates: Sequence[Candidate], reasons: dict
 
 
 def _layout(scheme: Scheme, name: str, candidates: Iterable[Candidate], reasons: dict[str, str | None]) -> ModuleType:
-    """The format of that name, or the one that can hold all of it."""
+    """The format of that name; `auto` is the first that says the scheme, unless it would lose what matters.
+
+    quantkit's own takes its place where experts lie together in one tensor, for which compressed-tensors has no names;
+    where linear layers have their weights in x out (Conv1D), whose codes transformers with compressed-tensors would take
+    for weights; and where bitsandbytes could hold not one of the linear layers.
+    """
     layout = formats.choose(scheme, name)
-    fused = any(each.fused and reasons[each.name] is None and _by_row(scheme) for each in candidates)
-    return formats.native if name == "auto" and layout is formats.compressed_tensors and fused else layout
+    if name != "auto":
+        return layout
+    open_ones = [each for each in candidates if reasons[each.name] is None]
+    if layout is formats.bitsandbytes:
+        plain = [each for each in open_ones if not each.experts]
+        lost = plain and all(_against_linear(each, layout) for each in plain)
+    else:
+        fused = _by_row(scheme) and any(each.fused for each in open_ones)
+        flipped = any(each.transposed and not each.experts for each in open_ones)
+        lost = layout is formats.compressed_tensors and (fused or flipped)
+    return formats.native if lost else layout
 
 
 def _by_row(scheme: Scheme) -> bool:
@@ -191,10 +205,10 @@ def _refuse_indivisible(targets: Sequence[Target], scheme: Scheme) -> None:
     size = BLOCK if scheme.weight_granularity == "block" else scheme.group_size
     bad = [] if size is None else [target for target in targets if target.in_features % size]
     if bad:
-        names = ", ".join(dict.fromkeys(f"{target.module} ({target.in_features})" for target in bad))
+        names = dict.fromkeys(f"{target.module} ({target.in_features})" for target in bad)
         block = scheme.weight_granularity == "block"
         what, other = ("block", "another scheme") if block else ("group", "group=channel")
         raise RecipeError(
-            f"{what} size {size} does not divide the in features of {len(bad)} layers: {names}; "
+            f"{what} size {size} does not divide the in features of {len(names)} layers: {', '.join(names)}; "
             f"--ignore them, or use {other}"
         )

@@ -47,7 +47,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def compressed(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path], calibration: dict[str, Any]
 ) -> Callable[..., Path]:
-    """The folder of a tiny model compressed by a bundled recipe, with data if it observes. Not to be changed: copy it."""
+    """The folder of a tiny model compressed by a bundled recipe, with data where it observes. Copy it to change it."""
     from quantkit import quantize
     from quantkit.recipe import load_recipe
 

@@ -231,8 +231,9 @@ def own_copy(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def address(tensor: Tensor) -> int:
-    """The address of a tensor's storage."""
-    return tensor.untyped_storage().data_ptr()
+    """The address of a tensor's storage; of one without memory a number of its own."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or -int(storage._cdata)
 
 
 def _floats(tensor: Tensor) -> bool:

@@ -91,6 +91,7 @@ def _one(
         "error": error,
         "noise": noise,
         "decoded": decoded,
+        "plain": _plain(out, report.format, batch, expected),
         "kl": _kl(expected, logits),
         "quantized": sum(n * k for n, k in (layer.shape for layer in report.layers)) / parameters,
         "layers": len(report.layers),
@@ -152,15 +153,34 @@ def _decoded(out: Path, batch: Any, logits: Any) -> float:
     """How far the packed model is from the float model with its decoded weights, which transformers loads."""
     from safetensors.torch import save_file
 
-    from quantkit.checkpoint import Hub, open_folder
-    from quantkit.dequantization import dequantized
+    from quantkit.checkpoint import Hub
+    from quantkit.pipeline import open_source
 
-    opened = open_folder(out, Hub(), dequantized)
+    opened = open_source(out, Hub(), None, dequantize=True)
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(opened.config))
         tensors = {key: opened.weights.get(key).clone() for key in opened.weights.tensors}
         save_file(tensors, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
         return relative(logits, _logits(Path(temporary), batch))
+
+
+def _plain(out: Path, form: str, batch: Any, expected: Any) -> dict[str, Any] | None:
+    """What plain transformers makes of the checkpoint: its error, or why it can't be loaded; None for our own format."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if form == "quantkit":
+        return None
+    try:
+        words = {"device_map": "cpu"} if form == "bitsandbytes" else {}
+        model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype="auto", **words)
+        lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind] or ())
+        if lost:
+            return {"reason": f"{len(lost)} tensors are not found or don't fit, {lost[0]} first"}
+        with torch.no_grad():
+            return {"error": relative(model.eval()(**batch).logits.double(), expected)}
+    except Exception as error:
+        return {"reason": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
 def _kl(expected: Any, logits: Any) -> float:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
+from quantkit import quantize
 from quantkit.checkpoint import read_config
 from quantkit.inspection import _listed, inspect_checkpoint
 from quantkit.recipe import recipe_names
@@ -18,7 +18,11 @@ from quantkit.recipe import recipe_names
 LAYER = "model.layers.1.mlp.up_proj"
 CLEAN = [(recipe, "llama") for recipe in recipe_names()]
 CLEAN += [("w8a8", n) for n in ("llama_tied", "llama_bf16", "llama_odd", "llama_unused", "llama_second_name", "opt")]
-CLEAN += [("w8a8", "opt_short_names"), ("w8a8", "mixtral"), ("fp8-e5m2", "llama_odd"), ("int8", "llama_odd")]
+CLEAN += [("w8a8", "opt_short_names"), ("fp8-e5m2", "llama_odd"), ("int8", "llama_odd"), ("fp8-static", "opt")]
+CLEAN += [(recipe, "mixtral") for recipe in ("w8a8", "int8", "fp8", "w8a8-static", "llm-int8", "smoothquant-w8a8")]
+CLEAN += [(recipe, "gpt2") for recipe in ("w8a8", "int8", "fp8-static", "llm-int8", "fp8-e5m2")]
+CLEAN += [("w8a8", "gpt2_untied"), ("llm-int8", "opt"), ("llm-int8", "llama_bf16")]
+CLEAN += [(recipe, "gpt_oss") for recipe in ("w8a8", "int8", "fp8", "llm-int8", "fp8-static")]
 
 
 @pytest.mark.parametrize(("recipe", "name"), CLEAN)
@@ -38,6 +42,15 @@ def test_what_quantize_wrote_has_no_problem_and_the_reports_numbers(compressed, 
     assert count.layers == len(report["layers"])
     assert count.weights == sum(layer["shape"][0] * layer["shape"][1] for layer in report["layers"])
     assert count.bits_per_weight == pytest.approx(report["bits_per_weight"], rel=1e-12)
+
+
+def test_layers_that_make_a_weight_together_are_counted_as_they_lie_on_disk(tiny_folder, tmp_path):
+    """HRM's checkpoints hold the gate and up layers of an MLP in one tensor, which the model splits in two."""
+    report = quantize(tiny_folder("hrm_text"), tmp_path / "out", steps=["w8a8"], progress=False)
+    found = inspect_checkpoint(tmp_path / "out")
+    assert found.problems == []
+    assert [count.layers for count in found.schemes if count.scheme != "float"] == [len(report.layers)]
+    assert found.schemes[0].bits_per_weight == pytest.approx(report.bits_per_weight, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_sharded", "llama_unused", "opt", "gpt2", "mixtral"])
@@ -145,13 +158,14 @@ def dropped(key):
 
 def one_value(value):
     def change(tensor):
-        tensor.view(-1)[3] = value
+        tensor.view(-1)[-1] = value
         return tensor
 
     return change
 
 
-SCALE, WEIGHT = f"{LAYER}.weight_scale", f"{LAYER}.weight"
+SCALE, WEIGHT, INPUT = f"{LAYER}.weight_scale", f"{LAYER}.weight", f"{LAYER}.input_scale"
+SCB, TILES = f"{LAYER}.SCB", f"{LAYER}.weight_format"
 TAMPERINGS = {
     "scale dropped": ("w8a8", dropped(SCALE), f"no tensor makes '{SCALE}'"),
     "weight dropped": ("w8a8", dropped(WEIGHT), f"no tensor makes '{WEIGHT}'"),
@@ -172,6 +186,30 @@ TAMPERINGS = {
     "scale infinite": ("fp8-e5m2", spoiled(SCALE, one_value(float("inf"))), f"a scale in '{SCALE}' is not"),
     "stored shape": ("int8", spoiled(f"{LAYER}.weight_shape", lambda t: t.flip(0)), "says [128, 256]"),
     "zero point": ("int8", lambda t: t | {f"{LAYER}.weight_zero_point": torch.ones(1)}, "not part of its layer's"),
+    "static scale dropped": ("w8a8-static", dropped(INPUT), f"no tensor makes '{INPUT}'"),
+    "static scale zero": ("fp8-static", spoiled(INPUT, one_value(0.0)), f"a scale in '{INPUT}' is not"),
+    "static scale's shape": ("w8a8-static", spoiled(INPUT, lambda t: t[0]), "[] where [1] is expected"),
+    "tensor's scale by row": ("fp8-static", spoiled(SCALE, lambda t: t.repeat(256, 1)), "[256, 1] where [1]"),
+    "block scale negative": ("fp8-block", spoiled(SCALE, one_value(-1.0)), f"a scale in '{SCALE}' is not"),
+    "SCB dropped": ("llm-int8", dropped(SCB), f"no tensor makes '{SCB}'"),
+    "SCB negative": ("llm-int8", spoiled(SCB, one_value(-1.0)), f"a scale in '{SCB}' is not"),
+    "SCB zero": ("llm-int8", spoiled(SCB, one_value(0.0)), f"a scale in '{SCB}' is not"),
+    "SCB in half": ("llm-int8", spoiled(SCB, torch.Tensor.half), "torch.float16 where torch.float32"),
+    "tiled weight": ("llm-int8", spoiled(TILES, one_value(1)), f"'{TILES}' is 1 where 0"),
+}
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2"
+EXPERT_TAMPERINGS = {
+    "scale dropped": ("w8a8", dropped(f"{EXPERT}.weight_scale"), f"'{EXPERT}.weight_scale' is missing"),
+    "weight dropped": ("w8a8", dropped(f"{EXPERT}.weight"), f"'{EXPERT}.weight' is missing"),
+    "scale negative": ("fp8", spoiled(f"{EXPERT}.weight_scale", one_value(-1.0)), f"'{EXPERT}.weight_scale' is not"),
+    "stored shape": ("int8", spoiled(f"{EXPERT}.weight_shape", lambda t: t.flip(0)), "says [48, 32] where"),
+    "zero point": ("int8", lambda t: t | {f"{EXPERT}.weight_zero_point": torch.ones(1)}, "is not part of the scheme"),
+    "norm dropped": ("w8a8", dropped("model.norm.weight"), "no tensor makes 'model.norm.weight'"),
+    "other layer's scale dropped": (
+        "w8a8",
+        dropped("model.layers.0.self_attn.q_proj.weight_scale"),
+        "no tensor makes 'model.layers.0.self_attn.q_proj.weight_scale'",
+    ),
 }
 
 
@@ -189,6 +227,45 @@ def test_every_tampering_is_found_and_exits_1(cli, compressed, tmp_path, name):
     assert json.loads(cli("inspect", folder, "--json").stdout)["problems"] == problems
 
 
+@pytest.mark.parametrize("name", EXPERT_TAMPERINGS)
+def test_a_tampering_with_a_mixture_is_found(compressed, tmp_path, name):
+    """Experts are merged while they are loaded, and that must not hide what is missing."""
+    recipe, change, says = EXPERT_TAMPERINGS[name]
+    folder = models.copy(compressed(recipe, "mixtral"), tmp_path / "model")
+    assert not inspect_checkpoint(folder).problems
+    (problem,) = inspect_checkpoint(models.change_tensors(folder, change)).problems
+    assert says in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("model.norm.weight", "no tensor makes 'model.norm.weight'"),
+        (
+            "model.layers.0.self_attn.q_proj.input_scale",
+            "no tensor makes 'model.layers.0.self_attn.q_proj.input_scale'",
+        ),
+        (f"{EXPERT}.weight", "'model.layers.1.mlp.experts.down_proj' is [3, 32, 48] where [4, 32, 48] is expected"),
+        (f"{EXPERT[:-1]}1.weight", "no tensor makes 'model.layers.1.mlp.experts.gate_up_proj'"),
+    ],
+)
+def test_a_mixture_whose_experts_are_in_float_has_a_problem(compressed, tmp_path, key, says):
+    folder = models.copy(compressed("w8a8-static", "mixtral"), tmp_path / "model")
+    assert not inspect_checkpoint(folder).problems
+    assert inspect_checkpoint(models.change_tensors(folder, dropped(key))).problems[0] == says
+
+
+def test_a_row_of_zeros_in_bitsandbytes_format_is_no_problem(compressed, tmp_path):
+    """Its largest magnitude is 0."""
+
+    def clear(tensors):
+        tensors[SCB][5], tensors[WEIGHT][5] = 0, 0
+        return tensors
+
+    folder = models.change_tensors(models.copy(compressed("llm-int8"), tmp_path / "model"), clear)
+    assert not inspect_checkpoint(folder).problems
+
+
 def test_a_tampered_config_is_found(compressed, tmp_path):
     folder = models.copy(compressed("w8a8"), tmp_path / "model")
     config = read_config(folder)["quantization_config"]
@@ -198,15 +275,3 @@ def test_a_tampered_config_is_found(compressed, tmp_path):
     config["ignore"] = []
     models.change_config(folder, quantization_config=config)
     assert inspect_checkpoint(folder).problems
-
-
-@pytest.mark.parametrize("damage", ["norm", "expert", "scale"])
-def test_an_incomplete_mixture_has_a_problem(compressed, tmp_path, damage):
-    """Experts are merged while they are loaded, and that must not hide what is missing."""
-    folder = models.copy(compressed("w8a8", "mixtral"), tmp_path / "model")
-    assert not inspect_checkpoint(folder).problems
-    tensors = load_file(folder / "model.safetensors")
-    ends = {"norm": "model.norm.weight", "expert": "experts.1.w1.weight", "scale": "q_proj.weight_scale"}
-    del tensors[next(name for name in tensors if name.endswith(ends[damage]))]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert any("no tensor makes" in problem for problem in inspect_checkpoint(folder).problems)

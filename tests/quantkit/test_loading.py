@@ -31,6 +31,9 @@ CASES = [(recipe, "llama") for recipe in recipe_names()]
 CASES += [("w8a8", name) for name in ("llama_tied", "llama_bf16", "llama_fp16", "llama_odd", "llama_unused", "opt")]
 CASES += [("w8a8", "llama_second_name"), ("w8a8", "opt_short_names"), ("w8a8", "mixtral"), ("fp8", "llama_bf16")]
 CASES += [("fp8-e5m2", "llama_odd"), ("fp8-e5m2", "llama_bf16"), ("int8", "llama_odd"), ("fp8-e5m2", "opt_short_names")]
+CASES += [(recipe, "mixtral") for recipe in ("int8", "fp8", "w8a8-static", "llm-int8")]
+CASES += [(recipe, "gpt2") for recipe in ("w8a8", "int8", "fp8-static", "llm-int8")]
+CASES += [("w8a8", "gpt_oss"), ("int8", "gpt_oss"), ("llm-int8", "opt"), ("fp8-static", "opt"), ("w8a8", "gpt2_untied")]
 SOME = [case for case in CASES if case[1] != "llama" or "mse" not in case[0]]
 SOME = [case for case in SOME if case[1] not in ("llama_fp16", "llama_bf16", "llama_second_name", "opt")]
 
@@ -103,7 +106,8 @@ def decoded_model(compressed, source):
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     for name, layer in layers_of(compressed).items():
         codes, scale = layer.codes_and_scale()
-        model.get_submodule(name).weight.data = dequantize(codes, scale)
+        weight = dequantize(codes, scale)
+        model.get_submodule(name).weight.data = weight.t() if layer.transposed else weight
     return model
 
 
@@ -117,7 +121,23 @@ def test_weights_alone_give_the_logits_of_the_decoded_model(loaded, model_folder
         assert torch.equal(model(IDS).logits, expected)
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "int8-g128", "fp8", "fp8-e5m2"])
+@pytest.mark.parametrize("recipe", ["int8", "fp8-e5m2-weight-only"])
+def test_weights_in_x_out_alone_give_the_products_of_the_decoded_model(loaded, model_folder, recipe):
+    """Float32, each layer on the same random inputs: Conv1D sums the same K products and the bias in an order of its
+    own, so that both are within (K + 1) * 2**-24 of the sum of magnitudes of the real number."""
+    model = loaded(recipe, "gpt2")
+    exact = decoded_model(model, model_folder("gpt2"))
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in layers_of(model).items():
+        assert layer.transposed
+        theirs, x = exact.get_submodule(name), torch.randn(5, layer.in_features, generator=generator)
+        with torch.no_grad():
+            size = x.abs() @ theirs.weight.abs() + theirs.bias.abs()
+            bound = 2 * (layer.in_features + 1) * 2**-24 * size
+            assert bool(((layer(x) - theirs(x)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "int8-g128", "fp8", "fp8-e5m2", "fp8-static", "fp8-block", "llm-int8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
 def test_another_dtype_is_for_what_is_not_compressed(compressed, recipe, dtype):
     folder = compressed(recipe, "llama_bf16")
@@ -129,7 +149,7 @@ def test_another_dtype_is_for_what_is_not_compressed(compressed, recipe, dtype):
     assert model(IDS).logits.dtype == expected
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "int8-g128", "fp8", "fp8-e5m2"])
+@pytest.mark.parametrize("recipe", ["w8a8", "int8-g128", "fp8", "fp8-e5m2", "fp8-static", "fp8-block", "llm-int8"])
 def test_a_change_of_dtype_leaves_codes_and_scales(compressed, recipe):
     model = load(compressed(recipe))
     before = {
@@ -144,7 +164,7 @@ def test_a_change_of_dtype_leaves_codes_and_scales(compressed, recipe):
     assert model(IDS).logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "int8", "fp8-e5m2-weight-only"])
+@pytest.mark.parametrize("recipe", ["w8a8", "int8", "fp8-e5m2-weight-only", "w8a8-static", "fp8-block", "llm-int8"])
 def test_a_compiled_model_is_bit_equal(loaded, recipe):
     model = loaded(recipe)
     with torch.no_grad():
@@ -289,6 +309,9 @@ def without(key):
         ("int8", f"{LAYER}.weight_packed"),
         ("int8", f"{LAYER}.weight_shape"),
         ("fp8-e5m2", f"{LAYER}.weight_scale"),
+        ("fp8-static", f"{LAYER}.weight_scale"),
+        ("w8a8-static", f"{LAYER}.input_scale"),
+        ("llm-int8", f"{LAYER}.SCB"),
         ("w8a8", "model.norm.weight"),
         ("w8a8", "lm_head.weight"),
     ],
@@ -314,6 +337,10 @@ def test_a_tensor_that_the_scheme_does_not_know_is_refused(damaged, recipe, leaf
         ("w8a8", f"{LAYER}.weight_scale", lambda t: t.view(-1)),
         ("int8", f"{LAYER}.weight_packed", lambda t: t[:, 1:]),
         ("int8-g128", f"{LAYER}.weight_scale", lambda t: torch.cat([t, t], 1)),
+        ("fp8-static", f"{LAYER}.weight_scale", lambda t: t.expand(256, 1)),
+        ("fp8-block", f"{LAYER}.weight_scale", lambda t: t[:1]),
+        ("w8a8-static", f"{LAYER}.input_scale", lambda t: t.expand(2)),
+        ("llm-int8", f"{LAYER}.SCB", lambda t: t[1:]),
         ("fp8-e5m2", f"{LAYER}.weight", lambda t: t[:, 1:]),
     ],
 )
@@ -331,6 +358,8 @@ def test_a_tensor_of_another_shape_is_refused(damaged, recipe, key, change):
         ("fp8", f"{LAYER}.weight", torch.int8),
         ("fp8", f"{LAYER}.weight", torch.float8_e5m2),
         ("int8", f"{LAYER}.weight_packed", torch.int64),
+        ("w8a8-static", f"{LAYER}.input_scale", torch.int32),
+        ("llm-int8", f"{LAYER}.SCB", torch.float16),
     ],
 )
 def test_a_tensor_of_another_dtype_is_refused(damaged, recipe, key, dtype):

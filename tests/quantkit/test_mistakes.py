@@ -255,7 +255,7 @@ def test_pickled_weights(refused, copied):
 
 
 def test_nothing_to_quantize(refused, model_folder, no_read):
-    refused(model_folder("gpt2"), says=("no linear layer", "--include"))
+    refused(model_folder("gpt2"), "--include", "lm_head", says=("no linear layer", "--include"))
 
 
 # The recipe
@@ -264,7 +264,7 @@ def test_nothing_to_quantize(refused, model_folder, no_read):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("-m", "gptq"), ("'gptq'", "w8a8, int8, fp8", "quantkit methods")),
+        (("-m", "gptq"), ("'gptq'", "smoothquant, w8a8, int8, llm-int8, fp8", "quantkit methods")),
         (("-m", "int8:size=3"), ("'size'", "group, weight_range")),
         (("-m", "int8:group=64"), ("'64'", "group=channel|128")),
         (("-m", "int8:group"), ("'group'", "key=value")),
@@ -295,8 +295,9 @@ def test_words_that_make_no_recipe(refused, model_folder, no_read, words, says):
     refused(model_folder(), *words, says=says, steps=())
 
 
-def test_groups_that_do_not_divide_name_every_layer_before_any_work(refused, model_folder, no_read):
-    sentence = refused(model_folder("llama_odd"), says=("128", "14 layers", "--ignore"), steps=("-m", "int8:group=128"))
+@pytest.mark.parametrize("step", ["int8:group=128", "fp8:scheme=block"])
+def test_groups_that_do_not_divide_name_every_layer_before_any_work(refused, model_folder, no_read, step):
+    sentence = refused(model_folder("llama_odd"), says=("128", "14 layers", "--ignore"), steps=("-m", step))
     for number in (0, 1):
         for leaf in "qkvo":
             assert f"model.layers.{number}.self_attn.{leaf}_proj (36)" in sentence
@@ -479,8 +480,8 @@ def test_inspect_and_generate_refuse_what_they_cannot_open(mistake, model_folder
     mistake("generate", compressed(), "--prompt", "x", "--device", "tpu", says=("'tpu'", "auto, cpu, cuda"))
     folder = copied()
     models.change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    mistake("inspect", folder, says=("'gptq'", "compressed-tensors and quantkit"))
-    mistake("generate", folder, "--prompt", "x", says=("'gptq'", "compressed-tensors and quantkit"))
+    mistake("inspect", folder, says=("'gptq'", "compressed-tensors, bitsandbytes and quantkit"))
+    mistake("generate", folder, "--prompt", "x", says=("'gptq'", "compressed-tensors, bitsandbytes and quantkit"))
     for path in folder.glob("token*"):
         path.unlink()
     mistake("generate", folder, "--prompt", "x", says=("no tokenizer", "copy one"))

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from quantkit import load, quantize, shards
 from quantkit.checkpoint import read_config
 from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.modules import QuantizedLinear
 from quantkit.pipeline import parse_size
-from quantkit.recipe import recipe_names
+from quantkit.recipe import load_recipe, recipe_names
 from quantkit.shards import ShardReader
 
 LINEARS = 14
@@ -25,10 +26,12 @@ def weights_of(folder):
 
 
 def decoded(codes, scale):
-    """Codes times scales, group by group, in float64 and rounded once to the scale's dtype."""
-    groups = scale.shape[1]
-    wide = codes.double().reshape(codes.shape[0], groups, -1) * scale.double().unsqueeze(-1)
-    return wide.reshape(codes.shape).to(scale.dtype)
+    """Codes times scales [N, G], [1] or [N/128, K/128], in float64 and rounded once to the scale's dtype."""
+    wide = scale.double().reshape(1, 1) if scale.ndim == 1 else scale.double()
+    if wide.shape[0] not in (1, codes.shape[0]):
+        wide = wide.repeat_interleave(128, 0)[: codes.shape[0]]
+    wide = wide.repeat_interleave(codes.shape[1] // wide.shape[1], 1)
+    return (codes.double() * wide).to(scale.dtype)
 
 
 def codes_of(tensors, module):
@@ -40,7 +43,18 @@ def codes_of(tensors, module):
     return raw.to(torch.int16)[:out_features, :in_features] - 128
 
 
-@pytest.mark.parametrize("recipe", [name for name in recipe_names() if "e5m2" not in name])
+def scale_of(tensors, module):
+    """The scale of a layer's weight on disk; bitsandbytes stores 127 times as much."""
+    if f"{module}.SCB" in tensors:
+        return (tensors[f"{module}.SCB"].double() / 127).float().unsqueeze(1)
+    return tensors[f"{module}.weight_scale"]
+
+
+# What smoothing changes is in test_smoothing_is_what_smoothing_alone_writes.
+MEASURED = [name for name in recipe_names() if "e5m2" not in name and "smoothquant" not in name]
+
+
+@pytest.mark.parametrize("recipe", MEASURED)
 def test_the_report_is_what_can_be_measured_on_disk(compressed, model_folder, recipe):
     folder, source = compressed(recipe), models.read_tensors(model_folder("llama"))
     tensors, report = models.read_tensors(folder), json.loads((folder / "quantkit_report.json").read_text())
@@ -49,9 +63,8 @@ def test_the_report_is_what_can_be_measured_on_disk(compressed, model_folder, re
     for layer in report["layers"]:
         name = layer["module"]
         exact = source[f"{name}.weight"].double()
-        scale = tensors[f"{name}.weight_scale"]
-        lost = decoded(codes_of(tensors, name), scale).double() - exact
-        nbytes = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(f"{name}.weight"))
+        lost = decoded(codes_of(tensors, name), scale_of(tensors, name)).double() - exact
+        nbytes = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(f"{name}."))
         assert layer["shape"] == list(exact.shape)
         assert layer["bits_per_weight"] == 8 * nbytes / exact.numel()
         # Float32 sums of n squares, in any order, are right to n * 2**-24; the root halves that, the quotient adds two.
@@ -64,6 +77,59 @@ def test_the_report_is_what_can_be_measured_on_disk(compressed, model_folder, re
     assert report["verified"] == {"tensors": len(tensors), "quantized": LINEARS, "left": 1}
     assert report["seconds"] > 0
     assert report["peak_memory_bytes"] > 10**7
+
+
+FOLDED = ("input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "mlp.up_proj")
+
+
+@pytest.mark.parametrize("recipe", ["smoothquant-w8a8", "smoothquant-auto-w8a8"])
+def test_smoothing_is_what_smoothing_alone_writes(tmp_path, calibration, recipe):
+    """Of one block, which no compressed block comes before: smoothed to a float checkpoint and then quantized it is bit
+    for bit what both steps make of it at once."""
+    folder = models.save(models.llama_model(num_hidden_layers=1), tmp_path / "model")
+    smooth, quantizer = load_recipe(recipe).steps
+    both = quantize(folder, tmp_path / "both", recipe=recipe, progress=False, **calibration)
+    alone = quantize(folder, tmp_path / "alone", steps=[smooth], progress=False, **calibration)
+    after = quantize(tmp_path / "alone", tmp_path / "after", steps=[quantizer], progress=False)
+    assert weights_of(tmp_path / "both") == weights_of(tmp_path / "after")
+    assert both.layers == after.layers
+    assert both.groups == alone.groups
+    folded = {group.producer for group in both.groups if group.state == "folded"}
+    assert folded == {f"{name}.weight" for name in FOLDED}
+    assert alone.bytes_after == alone.bytes_before
+    assert not alone.layers
+    assert "quantization_config" not in read_config(tmp_path / "alone")
+    changed = models.read_tensors(tmp_path / "alone")
+    weights = models.read_tensors(folder)
+    same = {key for key, tensor in weights.items() if models.same(tensor, changed[key])}
+    assert same == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-static", "fp8-static"])
+def test_static_scales_are_the_largest_magnitudes_that_meet_a_layer(model_folder, tmp_path, recipe):
+    """The data are as long as the windows, so that all of them are seen. What meets a block's first layers comes of the
+    compressed blocks before it, which the loaded model runs as well: the same numbers but for float32 sums in another
+    order, some 1e-6 of them. Behind them in the block the calibration has float layers and the loaded model has not:
+    8 bits round each with half a percent."""
+    text = "".join(chr(97 + number * number % 26) for number in range(256))
+    (tmp_path / "text.txt").write_text(text)
+    out = tmp_path / "out"
+    data = {"dataset": str(tmp_path / "text.txt"), "samples": 8, "seq_len": 32}
+    quantize(model_folder("llama"), out, recipe=recipe, progress=False, **data)
+    model, largest = load(out), {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: largest.__setitem__(name, float(args[0].abs().max()))
+            )
+    with torch.no_grad():
+        model(torch.tensor(models.tokenizer()(text)["input_ids"]).view(8, 32))
+    assert len(largest) == LINEARS
+    limit = 127 if recipe == "w8a8-static" else 448
+    for name, seen in largest.items():
+        scale = float(model.get_submodule(name).get_buffer("input_scale"))
+        first = name.endswith(("q_proj", "k_proj", "v_proj"))
+        assert scale * limit == pytest.approx(seen, rel=1e-5 if first else 0.05), name
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -86,7 +152,8 @@ def test_codes_are_the_nearest_to_the_weight_in_scales_of_its_dtype(compressed, 
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama_bf16", "llama_unused", "llama_sharded", "opt", "mixtral", "llama_odd"]
+    "name",
+    ["llama", "llama_bf16", "llama_unused", "llama_sharded", "opt", "mixtral", "llama_odd", "gpt2", "gpt2_untied"],
 )
 def test_what_is_not_quantized_is_bit_equal_to_the_source(compressed, model_folder, name):
     tensors, source = models.read_tensors(compressed("w8a8", name)), models.read_tensors(model_folder(name))

@@ -6,16 +6,15 @@ from torch import nn
 from quantkit import formats
 from quantkit.checkpoint import Hub, open_folder, open_model
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.planning import make_plan
+from quantkit.planning import make_plan, tensor_specs
 from quantkit.recipe import Recipe
 
 LLAMA_LEAVES = [f"self_attn.{leaf}_proj" for leaf in "qkvo"] + [f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")]
 LLAMA_LINEARS = [f"model.layers.{number}.{leaf}" for number in (0, 1) for leaf in LLAMA_LEAVES]
 
 
-def plan(folder, step="w8a8", **patterns):
-    recipe = Recipe.of([step], **patterns)
-    return make_plan(open_folder(folder, Hub()), recipe, formats.choose(recipe.scheme))
+def plan(folder, step="w8a8", layout="auto", **patterns):
+    return make_plan(open_folder(folder, Hub()), Recipe.of([step], **patterns), layout)
 
 
 def quantized(made):
@@ -79,25 +78,117 @@ def test_a_tied_head_stays_float_whatever_is_included(model_folder):
         assert left(made)["lm_head"] == "shares its weight with model.embed_tokens"
 
 
-def test_nothing_to_quantize_is_refused(model_folder):
-    for name, patterns in (("gpt2", {}), ("gpt2_untied", {}), ("gpt2", {"include": ["lm_head"]})):
-        with pytest.raises(RecipeError, match=r"no linear layer of .*gpt2.* is left to quantize \("):
-            plan(model_folder(name), **patterns)
+@pytest.mark.parametrize(
+    ("name", "patterns", "why"),
+    [
+        ("llama", {"ignore": ["*"]}, r"15 of 15: ignored by '\*'"),
+        ("gpt2", {"include": ["lm_head"]}, "8 of 9: no include pattern matches it"),
+        ("llama_tied", {"include": ["*"], "ignore": ["model.layers"]}, "14 of 15: ignored by 'model.layers'"),
+    ],
+)
+def test_nothing_to_quantize_is_refused(model_folder, name, patterns, why):
+    with pytest.raises(RecipeError, match=rf"no linear layer of .*{name}\d* is left to quantize \({why}\)"):
+        plan(model_folder(name), **patterns)
+
+
+GPT2_LEAVES = {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
+GPT2_LINEARS = {f"transformer.h.{number}.{leaf}": size for number in (0, 1) for leaf, size in GPT2_LEAVES.items()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_untied"])
+def test_conv1d_layers_are_quantized_with_their_axes_told_apart(model_folder, name):
+    made = plan(model_folder(name))
+    targets = made.targets.values()
+    assert {target.module: (target.out_features, target.in_features) for target in targets} == GPT2_LINEARS
+    assert all(target.transposed and target.whole and not target.experts for target in targets)
+    assert made.linears_left == made.ignored == ("lm_head",)
+    reason = {"gpt2": "shares its weight with transformer.wte", "gpt2_untied": "makes the logits; --include it"}[name]
+    assert left(made)["lm_head"].startswith(reason)
 
 
 def test_conv1d_layers_are_left_with_the_reason(model_folder):
     made = plan(model_folder("gpt2_untied"), include=["lm_head"])
     assert quantized(made) == ["lm_head"]
-    assert left(made)["transformer.h.0.attn.c_attn"] == "belongs to Conv1D, which is no plain linear layer"
+    assert left(made)["transformer.h.0.attn.c_attn"] == "no include pattern matches it"
+    assert set(made.ignored) == set(GPT2_LINEARS)
 
 
-def test_experts_are_left_with_the_reason(model_folder):
+MIXTRAL_ATTENTION = [f"model.layers.{number}.self_attn.{leaf}_proj" for number in (0, 1) for leaf in "qkvo"]
+MIXTRAL_EXPERTS = {
+    f"model.layers.{number}.block_sparse_moe.experts.{expert}.{leaf}.weight": (
+        f"model.layers.{number}.mlp.experts.{'down' if leaf == 'w2' else 'gate_up'}_proj",
+        (32, 48) if leaf == "w2" else (48, 32),
+    )
+    for number in (0, 1)
+    for expert in range(4)
+    for leaf in ("w1", "w2", "w3")
+}
+
+
+def test_experts_are_quantized_a_layer_each_where_the_checkpoint_holds_them_so(model_folder):
     made = plan(model_folder("mixtral"))
-    assert all("self_attn" in name for name in quantized(made))
-    assert len(made.targets) == 8
-    reason = left(made)["model.layers.0.mlp.experts.gate_up_proj"]
-    assert "MixtralExperts" in reason
-    assert "no plain linear" in reason
+    assert made.layout is formats.compressed_tensors
+    assert set(made.targets) == {f"{name}.weight" for name in MIXTRAL_ATTENTION} | MIXTRAL_EXPERTS.keys()
+    for key, (parameter, size) in MIXTRAL_EXPERTS.items():
+        target = made.targets[key]
+        assert (target.modules, target.parameters) == ((parameter,), (parameter,))
+        assert (target.out_features, target.in_features) == size
+        assert target.of_experts
+        assert not target.experts
+        assert not target.whole
+        assert target.prefixes == [key.removesuffix("weight")]
+    assert left(made) == {
+        "model.embed_tokens": "belongs to Embedding, which is no plain linear layer",
+        "model.layers.0.mlp.gate": "its output chooses experts (topk)",
+        "model.layers.1.mlp.gate": "its output chooses experts (topk)",
+        "lm_head": "makes the logits; --include it to quantize it",
+    }
+
+
+def test_experts_in_one_tensor_are_written_a_layer_each_in_our_own_format(model_folder):
+    made = plan(model_folder("gpt_oss"))
+    assert made.layout is formats.native
+    target = made.targets["model.layers.1.mlp.experts.down_proj"]
+    assert (target.out_features, target.in_features, target.transposed, target.experts) == (32, 48, True, 4)
+    assert target.prefixes == [f"model.layers.1.mlp.experts.{expert}.down_proj." for expert in range(4)]
+    specs = tensor_specs(target, made.layout)
+    assert {name.rpartition(".")[0] + "." for name in specs} == set(target.prefixes)
+    assert left(made)["model.layers.0.mlp.router"] == "its output chooses experts (topk)"
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "layout", "says"),
+    [
+        (
+            "gpt_oss",
+            "w8a8",
+            "compressed-tensors",
+            "compressed-tensors needs a layer an expert; --format quantkit has it",
+        ),
+        ("gpt_oss", "fp8:scheme=static", "auto", "experts have scales by row, and activations by token"),
+        ("mixtral", "fp8:scheme=static", "auto", "experts have scales by row, and activations by token"),
+        ("mixtral", "w8a8:activation=tensor-static", "auto", "experts have scales by row, and activations by token"),
+        ("mixtral", "llm-int8", "auto", "bitsandbytes has no quantized experts; --format quantkit has"),
+    ],
+)
+def test_experts_that_a_format_or_scheme_cannot_say_are_left_with_the_reason(model_folder, name, step, layout, says):
+    made = plan(model_folder(name), step, layout)
+    assert quantized(made) == MIXTRAL_ATTENTION
+    for number in (0, 1):
+        for leaf in ("gate_up_proj", "down_proj"):
+            assert says in left(made)[f"model.layers.{number}.mlp.experts.{leaf}"]
+
+
+def test_experts_that_are_left_are_ignored_under_every_name_that_they_have(model_folder):
+    """A loader goes by their names in its own model, or on disk."""
+    made = plan(model_folder("mixtral"), "fp8:scheme=static")
+    parsed = formats.compressed_tensors.parse(
+        formats.compressed_tensors.config(Recipe.of(["fp8:scheme=static"]).scheme, quantized(made), made.ignored)
+    )
+    for number in (0, 1):
+        assert parsed.scheme_of(f"model.layers.{number}.self_attn.q_proj") is not None
+        for owner in ("mlp", "block_sparse_moe"):
+            assert parsed.scheme_of(f"model.layers.{number}.{owner}.experts.3.w1") is None
 
 
 class Same(nn.Linear):
@@ -111,14 +202,48 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_a_forward_pass_of_its_own_stays_float_and_a_mere_subclass_does_not():
-    model = models.llama_model()
-    model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj = Doubled(128, 256), Same(128, 256)
-    recipe = Recipe.of(["w8a8"])
-    made = make_plan(open_model(model), recipe, formats.choose(recipe.scheme))
+class Spelled(nn.Linear):
+    """A linear layer with a forward pass of its own."""
+
+    def forward(self, x):
+        return x @ self.weight.t() + self.bias
+
+
+ODD = {"mlp.up_proj": Doubled, "mlp.gate_proj": Same, "self_attn.q_proj": Spelled}
+
+
+@pytest.fixture
+def odd_model():
+    """A Llama whose first block has layers of other classes."""
+    model = models.llama_model(attention_bias=True)
+    for leaf, kind in ODD.items():
+        old = model.get_submodule(f"model.layers.0.{leaf}")
+        model.set_submodule(f"model.layers.0.{leaf}", kind(old.in_features, old.out_features, old.bias is not None))
+    return model
+
+
+def test_what_computes_something_else_stays_float_and_a_subclass_that_does_not_is_quantized(odd_model):
+    made = make_plan(open_model(odd_model), Recipe.of(["w8a8"]))
     assert quantized(made) == [name for name in LLAMA_LINEARS if name != "model.layers.0.mlp.up_proj"]
-    assert left(made)["model.layers.0.mlp.up_proj"] == "is a Doubled, whose forward pass is its own"
-    assert "model.layers.0.mlp.up_proj" in made.linears_left
+    assert left(made)["model.layers.0.mlp.up_proj"] == "is multiplied as it stands, by no layer"
+    assert made.linears_left == ("lm_head",)
+
+
+def test_a_config_names_every_subclass_that_is_left(odd_model):
+    """Other software goes by the class, so that it would take a scheme for what computes something else."""
+    made = make_plan(open_model(odd_model), Recipe.of(["w8a8"]))
+    assert set(made.ignored) == {"lm_head", "model.layers.0.mlp.up_proj"}
+
+
+def test_bitsandbytes_gets_the_layers_that_its_loader_replaces(odd_model):
+    """Those of torch's own class, and Conv1D."""
+    made = make_plan(open_model(odd_model), Recipe.of(["llm-int8"]))
+    odd = {f"model.layers.0.{leaf}" for leaf in ODD}
+    why = "is of a class that transformers with bitsandbytes passes by; --format quantkit has it"
+    assert set(quantized(made)) == set(LLAMA_LINEARS) - odd
+    for name in odd - {"model.layers.0.mlp.up_proj"}:
+        assert left(made)[name] == why
+    assert set(made.ignored) == {*odd, "lm_head"}
 
 
 def test_names_without_the_prefix_are_kept_on_disk(model_folder):

@@ -77,7 +77,35 @@ def test_a_method_that_stores_what_its_format_does_not_demand_is_found(
     from quantkit.formats import compressed_tensors
 
     compress = compressed_tensors.compress
-    monkeypatch.setattr(compressed_tensors, "compress", lambda *words: spoil(compress(*words)))
+    monkeypatch.setattr(compressed_tensors, "compress", lambda *words, **named: spoil(compress(*words, **named)))
     with pytest.raises(CheckpointError, match=says):
         quantize(model_folder("llama"), tmp_path / "out", steps=["w8a8"], progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "form", "leaf"),
+    [
+        ("llm-int8", "bitsandbytes", "SCB"),
+        ("fp8-block", "compressed_tensors", "weight_scale"),
+        ("fp8-e5m2", "native", "weight_scale"),
+        ("w8a8-static", "compressed_tensors", "input_scale"),
+    ],
+)
+def test_every_kind_of_scale_is_checked(model_folder, calibration, tmp_path, monkeypatch, recipe, form, leaf):
+    """Of the last block's layers, that the layers after don't stumble over it first."""
+    from quantkit import formats, pipeline
+
+    layout, data = getattr(formats, form), calibration if "static" in recipe else {}
+    compress, shapes = layout.compress, []
+
+    def spoiled(*words, **named):
+        stored = compress(*words, **named)
+        shapes.append(words[1].shape)
+        return stored | {leaf: -stored[leaf]} if len(shapes) == 14 else stored
+
+    monkeypatch.setattr(layout, "compress", spoiled)
+    with pytest.raises(CheckpointError, match=r"a scale of model\.layers\.1\.\S+ is not a positive finite number"):
+        pipeline.quantize(model_folder("llama"), tmp_path / "out", recipe=recipe, progress=False, **data)
+    assert len(shapes) == 14
     assert not list(tmp_path.iterdir())
