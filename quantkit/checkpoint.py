@@ -190,24 +190,39 @@ def refuse_unfit(config: dict[str, Any], name: str, hub: Hub, *, compressed: boo
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    architectures, auto_map = config.get("architectures") or [], config.get("auto_map") or {}
+    architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
         raise CheckpointError(f"architectures is {architectures!r} in {name}'s config.json, no list of names; mend it")
-    remote = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
-    if remote and not hub.trust_remote_code and str(config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise CheckpointError(
-            f"{name} runs code of its own; pass --trust-remote-code if you have read and trust what is in its folder"
-        )
+    refuse_untrusted(config, name, hub)
     causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    if not remote and architectures and not (causal | _registered()).intersection(architectures):
+    causal |= _registered()
+    if not _has_code(config) and architectures and not causal.intersection(architectures):
         raise CheckpointError(
             f"{name} holds {architectures[0]}, which is not a causal language model; give one that generates text "
             "(architectures ending in ForCausalLM)"
         )
 
 
+def refuse_untrusted(config: dict[str, Any], name: str, hub: Hub) -> None:
+    """Return nothing; raise CheckpointError for a model that only code in its folder can build, unless it's trusted."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *CONFIG_MAPPING._extra_content}
+    if _has_code(config) and not hub.trust_remote_code and str(config.get("model_type")) not in known:
+        raise CheckpointError(
+            f"{name} runs code of its own; pass --trust-remote-code if you have read and trust what is in its folder"
+        )
+
+
+def _has_code(config: dict[str, Any]) -> bool:
+    """Whether a model's folder holds the code of a causal language model."""
+    auto_map = config.get("auto_map")
+    return isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+
+
 def _registered() -> set[str]:
-    """The names of classes that a user's program has registered with transformers' auto classes."""
+    """The names of model classes that a user's program has registered with transformers' auto classes."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     found: set[str] = set()
@@ -221,11 +236,12 @@ def build_skeleton(folder: Path, hub: Hub) -> nn.Module:
     """The model of a folder on the meta device: parameters without storage, buffers real.
 
     Raises:
-        CheckpointError: transformers can't build it.
+        CheckpointError: transformers can't build it, or only with code that isn't trusted.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
+    refuse_untrusted(read_config(folder), str(folder), hub)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=hub.trust_remote_code)
         for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):

@@ -9,7 +9,7 @@ from quantkit_kernels.backends import BACKENDS
 from torch import nn
 
 from quantkit import formats
-from quantkit.checkpoint import Hub, auto_class, read_config, resolve
+from quantkit.checkpoint import Hub, auto_class, read_config, refuse_untrusted, resolve
 from quantkit.devices import pick_device
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.linears import linear_modules
@@ -60,8 +60,11 @@ def load(
         raise QuantkitError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
         raise QuantkitError(f"dtype {dtype!r} is none that a model can run in; use one of {', '.join(DTYPES)}")
-    folder = resolve(path, Hub(revision, token, cache_dir, trust_remote_code))
-    stored = read_config(folder).get("quantization_config")
+    hub = Hub(revision, token, cache_dir, trust_remote_code)
+    folder = resolve(path, hub)
+    said = read_config(folder)
+    refuse_untrusted(said, str(path), hub)
+    stored = said.get("quantization_config")
     if stored is not None:
         formats.of_config(stored, str(path)).parse(stored)
     ShardReader(folder)

@@ -98,6 +98,8 @@ class LazyModel:
         module = self.model.get_submodule(owner)
         kept = value.float() if value.is_floating_point() else value
         kept = kept if kept.is_meta else kept.to(self.device)
+        if not kept.is_meta and kept.untyped_storage().nbytes() > kept.nbytes:
+            kept = kept.clone()  # a part of a tensor that was split: each weight is known by its own memory
         if leaf in module._buffers:
             module._buffers[leaf] = kept
         else:

@@ -115,8 +115,8 @@ def _layout(scheme: Scheme, name: str, candidates: Iterable[Candidate], reasons:
     """The format of that name; `auto` is the first that says the scheme, unless it would lose what matters.
 
     quantkit's own takes its place where experts lie together in one tensor, for which compressed-tensors has no names;
-    where linear layers have their weights in x out (Conv1D), whose codes transformers with compressed-tensors would take
-    for weights; and where bitsandbytes could hold not one of the linear layers.
+    where linear layers have their weights in x out (Conv1D), whose codes transformers with compressed-tensors would
+    take for weights; and where bitsandbytes could hold not one of the linear layers.
     """
     layout = formats.choose(scheme, name)
     if name != "auto":

@@ -4,8 +4,7 @@ The oracle is exact: each compressed folder is written or decoded here by hand, 
 folder, and quantizing the one with --dequantize gives the bytes that quantizing the other gives.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit import evaluate, load, quantize
+from quantkit import load, quantize
 from quantkit.checkpoint import read_config
-from quantkit.errors import CheckpointError
 
 Tensors = dict[str, Tensor]
 TEXT = "The quick brown fox jumps over the lazy dog, and back. " * 40

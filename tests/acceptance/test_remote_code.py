@@ -2,7 +2,8 @@
 
 import ast
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ def write_code(folder: Path) -> None:
     (folder / FILES[1]).write_text(modeling, encoding="utf-8")
 
 
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies a folder's code to."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+@pytest.fixture(scope="module", autouse=True)
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where transformers copies a folder's code to and imports it from."""
+    folder = tmp_path_factory.mktemp("modules")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+        patch.syspath_prepend(str(folder))
+        yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +87,27 @@ def error(model: Any) -> float:
 
 @pytest.mark.parametrize("command", ["quantize", "plan", "eval", "generate"])
 def test_it_is_refused_in_one_sentence(
-    command: str, source: Path, text: Path, mistake: Callable[..., str], tmp_path: Path
+    command: str, source: Path, text: Path, copies: Path, mistake: Callable[..., str], tmp_path: Path
 ) -> None:
+    folder = models.copy(source, tmp_path / "untrusted")
     words: dict[str, list[Any]] = {
         "quantize": ["-o", tmp_path / "out", "-m", "w8a8"],
         "plan": ["-m", "w8a8"],
         "eval": ["--dataset", text, "--seq-len", 16],
         "generate": ["--prompt", "ab"],
     }
-    mistake(command, source, *words[command], says=(str(source), "--trust-remote-code"))
+    mistake(command, folder, *words[command], says=(str(folder), "--trust-remote-code"))
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "modules").exists()
+    assert not list(copies.rglob("untrusted*"))
+
+
+def test_what_is_made_of_it_is_refused_as_well(source: Path, mistake: Callable[..., str], tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out", steps=["int8"], trust_remote_code=True, progress=False)
+    for words in (["inspect"], ["quantize", "-o", tmp_path / "two", "-m", "int8", "--dequantize"]):
+        mistake(words[0], tmp_path / "out", *words[1:], says=(str(tmp_path / "out"), "--trust-remote-code"))
+    again = tmp_path / "two"
+    quantize(tmp_path / "out", again, steps=["int8"], dequantize=True, trust_remote_code=True, progress=False)
+    assert error(load(again, trust_remote_code=True)) < 0.03
 
 
 def test_from_python_as_well(source: Path, tmp_path: Path) -> None:
@@ -107,11 +123,27 @@ def test_from_python_as_well(source: Path, tmp_path: Path) -> None:
 def test_with_trust_it_is_quantized_loaded_and_evaluated(
     steps: list[str], bound: float, source: Path, text: Path, cli: Callable[..., Any], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    data = ["--dataset", text, "--samples", 8, "--seq-len", 16] if len(steps) > 1 else []
+    out = tmp_path / f"trusted-{steps[-1]}"
+    data = ["--dataset", text, "--samples", 8] if len(steps) > 1 else []
     words = [word for step in steps for word in ("-m", step)]
-    result = cli("quantize", source, "-o", out, *words, *data, "--trust-remote-code")
+    other = tmp_path / "other.txt"
+    other.write_text("Some other words than those before, and some more of them. " * 10, encoding="utf-8")
+    result = cli(
+        "quantize",
+        source,
+        "-o",
+        out,
+        *words,
+        *data,
+        "--eval-dataset",
+        other,
+        "--seq-len",
+        16,
+        "--trust-remote-code",
+        "--json",
+    )
     assert result.exit_code == 0, result.stderr
+    assert 0 < json.loads(result.stdout)["evaluation"]["kl_mean"] < 0.02
     for name in FILES:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((out / "config.json").read_text())["auto_map"]["AutoConfig"] == "configuration_drift.DriftConfig"
@@ -120,8 +152,6 @@ def test_with_trust_it_is_quantized_loaded_and_evaluated(
     model = load(out, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules.")
     assert 1e-3 < error(model) < bound
-    other = tmp_path / "other.txt"
-    other.write_text("Some other words than those before, and some more of them. " * 10, encoding="utf-8")
     measured = evaluate(out, other, baseline=source, seq_len=32, trust_remote_code=True, progress=False)
     assert 0 < measured["kl_mean"] < 0.02
     checked = cli("inspect", out, "--trust-remote-code")

@@ -165,7 +165,7 @@ def _decoded(out: Path, batch: Any, logits: Any) -> float:
 
 
 def _plain(out: Path, form: str, batch: Any, expected: Any) -> dict[str, Any] | None:
-    """What plain transformers makes of the checkpoint: its error, or why it can't be loaded; None for our own format."""
+    """What plain transformers makes of the checkpoint: its error, or why it fails; None for our own format."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,15 @@
-"""bitsandbytes as the judge: transformers loads what we store with it, and its layers multiply as ours do."""
+"""bitsandbytes as the judge: transformers loads what we store with it, and its layers multiply as ours do.
+
+By hand first, then the whole way: what `quantize` writes goes through transformers and bitsandbytes, and what they
+write through `quantkit.load`. Weights are the same bit for bit, each layer's output on the same inputs lies within a
+bound that follows from the formats, and the Kullback-Leibler divergence from the float model is the same within 25 %
+(logits can't be equal: bitsandbytes casts activations to float16, and codes that fall the other way make as large a
+difference as the quantization itself).
+"""
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +19,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import quantkit
+from quantkit.checkpoint import load_tokenizer
+from quantkit.demo import model_path
 from quantkit.formats import bitsandbytes
+from quantkit.inspection import inspect_checkpoint
 from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.scheme import Scheme
+from quantkit.texts import read, tokenize
 
 bnb = pytest.importorskip("bitsandbytes", reason="install bitsandbytes")
 
@@ -97,3 +110,146 @@ def test_its_layer_gives_our_output(outliers: bool) -> None:
         difference = (theirs(x).double() - ours(x).double()).abs()
     assert bool((difference <= bound).all())
     assert float(difference.max()) < 0.03 * float(ours(x).abs().max())
+
+
+# The whole way
+
+STEP = "llm-int8"
+FEW, MANY = f"{STEP}:threshold=6.0", f"{STEP}:threshold=1.0"
+"""With few outliers, as in its paper, and so many that most features have one."""
+CASES = [(name, FEW) for name in ("demo", "llama", "llama_bf16", "llama_fp16", "llama_odd", "opt", "gpt2")]
+CASES += [("llama", MANY), ("opt", MANY), ("gpt2", MANY)]
+
+
+@pytest.fixture(scope="module")
+def source(model_folder: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The folder of a float model."""
+    return lambda name: model_path() if name == "demo" else model_folder(name)
+
+
+def tokens_of(name: str) -> torch.Tensor:
+    """Windows of text for the demo model, of anything for random models."""
+    if name != "demo":
+        return torch.randint(0, 256, (8, 60), generator=torch.Generator().manual_seed(0))
+    return tokenize(read("demo"), load_tokenizer(model_path())).ids[-16 * 128 :].reshape(16, 128)
+
+
+def through_bitsandbytes(folder: Path, **words: Any) -> nn.Module:
+    """The model of a folder as transformers and bitsandbytes load it."""
+    from transformers import AutoModelForCausalLM
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, device_map="cpu", dtype="auto", output_loading_info=True, **words
+    )
+    assert not any(info.values())
+    return loaded.eval()
+
+
+def layers_of(model: nn.Module, kind: type) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    """Codes and statistics, and all that is in float."""
+    one, other = layers_of(ours, QuantizedLinear), layers_of(theirs, bnb.nn.Linear8bitLt)
+    assert one.keys() == other.keys() != set()
+    for name, layer in one.items():
+        assert models.same(layer.get_buffer("weight"), other[name].weight.data)
+        assert models.same(layer.get_buffer("SCB"), other[name].weight.SCB)
+        assert layer.scheme.threshold == other[name].state.threshold
+    floats = {name: value for name, value in theirs.named_parameters() if name.removesuffix(".weight") not in other}
+    assert all(models.same(value, ours.get_parameter(name)) for name, value in floats.items())
+
+
+def bound(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+    """How far the outputs for x [M, K] may be apart: [M, N] in float64.
+
+    Features that reach the threshold in some token are multiplied in float by both. Of the rest both round to half a
+    step, which is at most 1/127 of the token's largest magnitude below the threshold (bitsandbytes counts small values
+    of the others' features in, so that its step is the larger one): a step together. The threshold itself may be
+    passed by rounding to float16; so what lies around it counts as both. bitsandbytes rounds activations, decoded
+    outlier weights, their product and its output to float16, 2**-11 each; the layer here rounds outlier products and
+    its output to x's dtype; the bias is added before or after. Below 2**-14 float16 rounds by up to 2**-25.
+    """
+    threshold = float(layer.scheme.threshold or 0.0)
+    codes, scale = layer.codes_and_scale()
+    weight, eps = (codes.double() * scale.double()).abs(), torch.finfo(x.dtype).eps
+    x = x.double().abs()
+    near = 1 + 2 * max(eps, 2**-10)
+    step = (x * (x < threshold * near)).amax(1, keepdim=True) / 127 * (x < threshold * near).all(0)
+    bias = layer.bias.double().abs() if layer.bias is not None else torch.zeros(1, dtype=torch.float64)
+    sums = 2 * x.shape[1] * torch.finfo(torch.float32).eps
+    return step @ weight.t() + (5 * 2**-11 + 2 * eps + sums) * (x @ weight.t() + bias) + 2**-24
+
+
+def assert_same_products(ours: nn.Module, theirs: nn.Module, tokens: torch.Tensor) -> None:
+    """Each layer's output on what reaches it here, within the bound."""
+    seen: dict[str, torch.Tensor] = {}
+    layers = layers_of(ours, QuantizedLinear)
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))
+        for name, layer in layers.items()
+    ]
+    with torch.inference_mode():
+        ours(tokens)
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers.items():
+            x = seen[name].reshape(-1, layer.in_features)
+            difference = (layer(x).double() - theirs.get_submodule(name)(x).double()).abs()
+            assert bool((difference <= bound(layer, x)).all()), name
+
+
+def divergence(base: nn.Module, model: nn.Module, tokens: torch.Tensor) -> float:
+    """Kullback-Leibler divergence from the base, in nats a token."""
+    total = 0.0
+    with torch.inference_mode():
+        for batch in tokens.split(8):
+            p = torch.log_softmax(base(batch).logits.double(), -1)
+            q = torch.log_softmax(model(batch).logits.double(), -1)
+            total += float((p.exp() * (p - q)).sum())
+    return total / tokens.numel()
+
+
+def assert_same_loss(base: nn.Module, ours: nn.Module, theirs: nn.Module, tokens: torch.Tensor) -> None:
+    one, other = divergence(base, ours, tokens), divergence(base, theirs, tokens)
+    assert one > 0
+    assert abs(other - one) <= 0.25 * one, f"KL {one:.3e} ours, {other:.3e} theirs"
+
+
+@pytest.mark.parametrize(("name", "step"), CASES)
+def test_what_quantize_wrote_is_loaded_and_loses_the_same(
+    source: Callable[[str], Path], tmp_path: Path, name: str, step: str
+) -> None:
+    report = quantkit.quantize(source(name), tmp_path / "out", steps=[step], progress=False)
+    assert report.format == "bitsandbytes"
+    ours, theirs = quantkit.load(tmp_path / "out"), through_bitsandbytes(tmp_path / "out")
+    tokens = tokens_of(name)
+    assert_same_weights(ours, theirs)
+    assert_same_products(ours, theirs, tokens[:2])
+    assert_same_loss(quantkit.load(source(name)), ours, theirs, tokens)
+
+
+def test_what_is_ignored_is_left_in_float_there_too(source: Callable[[str], Path], tmp_path: Path) -> None:
+    quantkit.quantize(source("llama"), tmp_path / "out", steps=[STEP], ignore=["*.1.mlp.up_proj"], progress=False)
+    ours, theirs = quantkit.load(tmp_path / "out"), through_bitsandbytes(tmp_path / "out")
+    assert_same_weights(ours, theirs)
+    assert type(theirs.get_submodule("model.layers.1.mlp.up_proj")) is nn.Linear
+    assert len(layers_of(ours, QuantizedLinear)) == 13
+
+
+@pytest.mark.parametrize("name", ["demo", "llama", "llama_tied", "opt", "gpt2", "gpt2_untied"])
+def test_what_transformers_and_bitsandbytes_wrote_is_loaded_and_loses_the_same(
+    source: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    theirs = through_bitsandbytes(source(name), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, tokens = quantkit.load(tmp_path / "theirs"), tokens_of(name)
+    assert_same_weights(ours, theirs)
+    assert_same_products(ours, theirs, tokens[:2])
+    assert_same_loss(quantkit.load(source(name)), ours, theirs, tokens)
+    assert not inspect_checkpoint(tmp_path / "theirs").problems
+    ours.save_pretrained(tmp_path / "again")
+    assert_same_weights(quantkit.load(tmp_path / "again"), through_bitsandbytes(tmp_path / "again"))

@@ -21,13 +21,14 @@ CLEAN += [("w8a8", n) for n in ("llama_tied", "llama_bf16", "llama_odd", "llama_
 CLEAN += [("w8a8", "opt_short_names"), ("fp8-e5m2", "llama_odd"), ("int8", "llama_odd"), ("fp8-static", "opt")]
 CLEAN += [(recipe, "mixtral") for recipe in ("w8a8", "int8", "fp8", "w8a8-static", "llm-int8", "smoothquant-w8a8")]
 CLEAN += [(recipe, "gpt2") for recipe in ("w8a8", "int8", "fp8-static", "llm-int8", "fp8-e5m2")]
-CLEAN += [("w8a8", "gpt2_untied"), ("llm-int8", "opt"), ("llm-int8", "llama_bf16")]
+CLEAN += [("w8a8", "gpt2", "compressed-tensors"), ("int8", "gpt2_untied", "compressed-tensors")]
+CLEAN += [("llm-int8", "opt"), ("llm-int8", "llama_bf16"), ("llm-int8", "mixtral", "quantkit")]
 CLEAN += [(recipe, "gpt_oss") for recipe in ("w8a8", "int8", "fp8", "llm-int8", "fp8-static")]
 
 
-@pytest.mark.parametrize(("recipe", "name"), CLEAN)
-def test_what_quantize_wrote_has_no_problem_and_the_reports_numbers(compressed, recipe, name):
-    folder = compressed(recipe, name)
+@pytest.mark.parametrize("case", CLEAN, ids="-".join)
+def test_what_quantize_wrote_has_no_problem_and_the_reports_numbers(compressed, case):
+    folder = compressed(*case)
     found, report = inspect_checkpoint(folder), json.loads((folder / "quantkit_report.json").read_text())
     tensors = models.read_tensors(folder)
     assert found.problems == []

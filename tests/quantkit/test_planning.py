@@ -95,15 +95,26 @@ GPT2_LEAVES = {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (12
 GPT2_LINEARS = {f"transformer.h.{number}.{leaf}": size for number in (0, 1) for leaf, size in GPT2_LEAVES.items()}
 
 
+@pytest.mark.parametrize("layout", ["compressed-tensors", "quantkit"])
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_untied"])
-def test_conv1d_layers_are_quantized_with_their_axes_told_apart(model_folder, name):
-    made = plan(model_folder(name))
+def test_conv1d_layers_are_quantized_with_their_axes_told_apart(model_folder, name, layout):
+    made = plan(model_folder(name), layout=layout)
     targets = made.targets.values()
     assert {target.module: (target.out_features, target.in_features) for target in targets} == GPT2_LINEARS
     assert all(target.transposed and target.whole and not target.experts for target in targets)
     assert made.linears_left == made.ignored == ("lm_head",)
     reason = {"gpt2": "shares its weight with transformer.wte", "gpt2_untied": "makes the logits; --include it"}[name]
     assert left(made)["lm_head"].startswith(reason)
+
+
+def test_conv1d_layers_are_not_left_to_a_loader_that_takes_codes_for_weights(model_folder):
+    """As transformers with compressed-tensors does; with bitsandbytes it knows them."""
+    assert plan(model_folder("gpt2")).layout is formats.native
+    assert plan(model_folder("gpt2"), "llm-int8").layout is formats.bitsandbytes
+    asked = plan(model_folder("gpt2"), layout="compressed-tensors")
+    assert asked.layout is formats.compressed_tensors
+    assert any("takes their codes for weights" in note for note in asked.notes)
+    assert not plan(model_folder("llama")).notes
 
 
 def test_conv1d_layers_are_left_with_the_reason(model_folder):
