@@ -23,6 +23,7 @@ from quantkit.compression import Worked, compress_stage
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.exploration import outermost_lists, without_cache
+from quantkit.memory import give_back_memory
 from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
@@ -65,7 +66,9 @@ def compress_calibrated(
     forget_embeddings: Callable[[], None]
     work = _Work(plan, recipe, source, writer, device)
     size = max(1, BATCH_TOKENS // windows.shape[1])
-    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in torch.split(windows, size)]
+    # The first window is a batch by itself: folds are proven on it, one run of the block for each.
+    parts = [windows[:1], *torch.split(windows[1:], size)] if len(windows) > 1 else [windows]
+    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in parts]
     idle = plan.findings.idle
     numbers = [i for i in range(plan.findings.count) if i not in idle]
     blocks = [work.model.get_submodule(work.name(i)) for i in numbers]
@@ -152,6 +155,7 @@ class _Work:
         for step in self._undo.pop(index):
             step()
         self.lazy.empty(self.name(index), self.model.get_submodule(self.name(index)))
+        give_back_memory()
 
     def _smooth(
         self,
@@ -183,7 +187,11 @@ class _Work:
         dtypes = self._dtypes(name, block)
         smoother = Smoother(name, block, alpha, self.scheme, fed, dtypes, proof)
         self.done.groups += [smoother.fold(group, inputs) for group in structure.groups]
+        quantized = {f"{name}.{path}" for path in axes}
         for path in self._with_partners(name, smoother.changed):
+            if path not in quantized:  # it is written in the dtype that it had: so it is what runs on
+                dtype = self.source.weights.tensors[self._sources[path][0]].dtype
+                self.lazy.fill(name, block, {path: self.model.get_parameter(path).detach().to(dtype)})
             worked.changed[path] = self.model.get_parameter(path).detach()
 
     def _with_partners(self, name: str, changed: Collection[str]) -> list[str]:
@@ -267,14 +275,16 @@ class _Work:
             weight = module._parameters[leaf]
             assert weight is not None
             assert self.scheme is not None
+            empty = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
             if layer.experts:
                 dtype = self._dtype(layer)
                 codes, scale = quantize_experts(weight.detach(), self.scheme, layer.in_axis, dtype)
                 experts = QuantizedExperts(codes, scale, layer.in_axis, self.scheme, dtype=torch.float32)
                 put_experts(self.model, layer.parameter, experts)
-                undo.append(partial(_put_back, module, leaf, weight))
+                undo.append(partial(_put_back, module, leaf, empty))
             else:
                 self.model.set_submodule(owner, self._linear(module, weight, layer, kept.get(layer.name)))
+                module._parameters[leaf] = empty
                 undo.append(partial(self.model.set_submodule, owner, module))
         return undo
 

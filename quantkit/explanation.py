@@ -19,7 +19,7 @@ def plan_to_dict(plan: Plan, recipe: Recipe, model: str) -> dict[str, Any]:
         "output_bytes": plan.output_bytes,
         "targets": [
             {
-                "module": target.module,
+                "modules": list(target.modules),
                 "key": target.key,
                 "shape": [target.out_features, target.in_features],
                 "experts": target.experts,

@@ -23,6 +23,7 @@ from quantkit.checkpoint import empty_copy, output_head, tied_parameters, use_pl
 from quantkit.discovery import Refusal, Structure, discover, randomize_
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
+from quantkit.memory import give_back_memory
 from quantkit.scheme import Scheme
 from quantkit.streaming import LazyModel
 
@@ -68,9 +69,11 @@ def explore(skeleton: nn.Module, seed: int = 0, *, groups: bool = True) -> Findi
         CheckpointError: the model has no list of blocks.
     """
     found = _explored(skeleton, seed, groups, outside=False)
+    give_back_memory()
     if found.ended is None:
         return found
     again = _explored(skeleton, seed, groups, outside=True)
+    give_back_memory()
     return found if again.ended is not None and len(found.structures) >= len(again.structures) else again
 
 

@@ -72,11 +72,16 @@ def test_flags_are_the_keywords_of_the_function():
     import inspect
 
     from quantkit import quantize
+    from quantkit.pipeline import prepare
 
-    keywords = set(inspect.signature(quantize).parameters)
-    flags = {option.name for option in main.commands["quantize"].params}
-    assert flags - keywords == {"as_json"}
-    assert keywords - flags == {"tokenizer", "progress"}
+    for name, function, more, fewer in (
+        ("quantize", quantize, {"as_json"}, {"tokenizer", "progress"}),
+        ("plan", prepare, {"as_json", "explain"}, set()),
+    ):
+        keywords = set(inspect.signature(function).parameters)
+        flags = {option.name for option in main.commands[name].params}
+        assert flags - keywords == more
+        assert keywords - flags == fewer
 
 
 def test_the_version(cli):
@@ -100,6 +105,70 @@ def test_quantize_says_what_it_did(cli, model_folder, tmp_path):
     assert f"written to {tmp_path / 'out'}" in result.stdout
     assert "14 linear layers" in result.stdout
     assert "quantizing" in result.stderr
+
+
+def test_quantize_says_what_calibration_did(cli, model_folder, calibration, tmp_path):
+    words = ("--recipe", "smoothquant-w8a8", "--dataset", calibration["dataset"], "--samples", 8, "--seq-len", 32)
+    result = cli("quantize", model_folder(), "-o", tmp_path / "out", *words)
+    assert result.exit_code == 0, result.stderr
+    assert "smoothing  10 groups refused, 8 groups folded" in result.stdout
+    assert "mlp.down_proj.weight" in result.stdout
+    stored = json.loads((tmp_path / "out" / "quantkit_report.json").read_text())
+    data = stored["recipe"]["dataset"]
+    assert (data["windows"], data["seq_len"]) == (8, 32)
+    assert sum(group["state"] == "folded" for group in stored["groups"]) == 8
+
+
+@pytest.fixture
+def no_read(monkeypatch):
+    """Makes reading any weight an error of its own."""
+    from quantkit.shards import ShardReader
+
+    def get(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(ShardReader, "get", get)
+
+
+def test_plan_names_every_weight_matrix_and_reads_none(cli, model_folder, no_read):
+    folder = model_folder("gpt_oss")
+    result = cli("plan", folder, "-m", "w8a8", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    planned = {target["key"] for target in found["targets"]} | {left["module"] for left in found["left_alone"]}
+    matrices = {name for name, tensor in models.read_tensors(folder).items() if tensor.ndim > 1}
+    assert planned >= {name if name in planned else name.removesuffix(".weight") for name in matrices}
+    assert found["format"] == "quantkit"
+    text = cli("plan", folder, "-m", "w8a8").stdout
+    assert "24 linear layers: int8, activations per token" in text
+    assert "mlp.router: its output chooses experts (topk)" in text
+    assert f"{found['output_bytes']:,} bytes" in text
+
+
+def test_what_is_planned_is_what_is_done(cli, model_folder, tmp_path):
+    for name in ("llama", "mixtral", "gpt2", "gpt_oss"):
+        found = json.loads(cli("plan", model_folder(name), "-m", "fp8", "--json").stdout)
+        done = json.loads(
+            cli("quantize", model_folder(name), "-o", tmp_path / name, "-m", "fp8", "--json", "--seed", 1).stdout
+        )
+        assert found["output_bytes"] == done["bytes_after"]
+        assert found["left_alone"] == done["left_alone"]
+        assert found["format"] == done["format"]
+        assert sum(target["experts"] or 1 for target in found["targets"]) == len(done["layers"])
+
+
+def test_plan_explains_every_group(cli, model_folder, no_read):
+    words = ("plan", model_folder(), "-m", "smoothquant", "-m", "w8a8")
+    text = cli(*words, "--explain").stdout
+    assert "8 groups found" in text
+    assert "model.layers: blocks 0 to 1\n" in text
+    assert "norm post_attention_layernorm.weight, 128 channels -> mlp.gate_proj.weight, mlp.up_proj.weight\n" in text
+    assert "linear self_attn.v_proj.weight, 64 channels -> self_attn.o_proj.weight\n" in text
+    assert "no group at linear mlp.gate_proj.weight: it feeds silu" in text
+    assert "no group at" not in cli(*words).stdout
+    groups = json.loads(cli(*words, "--json").stdout)["groups"]
+    assert len(groups) == 8
+    assert not any(group["proven"] for group in groups)
 
 
 def test_json_is_all_there_is_on_stdout(cli, model_folder, tmp_path):
@@ -167,11 +236,11 @@ def test_demo_finds_out_before_the_work_what_would_fail_after_it(mistake, monkey
 
 
 def test_demo_tabulates_every_recipe_and_keeps_the_checkpoints(cli, monkeypatch, tmp_path):
-    monkeypatch.setattr("quantkit.demonstration.recipe_names", lambda: ["w8a8"])
+    monkeypatch.setattr("quantkit.demonstration.recipe_names", lambda: ["w8a8", "w8a8-static"])
     words = ("demo", "-o", tmp_path / "new" / "kept", "--max-tokens", 512, "--device", "cpu", "--json")
     result = cli(*words)
     assert result.exit_code == 0, result.output
-    assert [row["recipe"] for row in json.loads(result.stdout)] == ["float", "w8a8"]
+    assert [row["recipe"] for row in json.loads(result.stdout)] == ["float", "w8a8", "w8a8-static"]
     assert (tmp_path / "new" / "kept" / "w8a8" / "config.json").is_file()
 
 

@@ -2,7 +2,6 @@
 
 import models
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint import Hub, open_folder, open_model

@@ -5,7 +5,8 @@ import pytest
 
 from quantkit import quantize
 from quantkit.checkpoint import Hub, open_folder
-from quantkit.report import LayerReport, Report, model_card, write_report
+from quantkit.outcome import GroupReport
+from quantkit.report import LayerReport, Report, group_lines, model_card, write_report
 
 EVALUATION = {
     "perplexity": 12.3456789,
@@ -42,6 +43,45 @@ def test_the_text_says_everything_once(report):
     expected += ["model.layers.0.mlp.gate_proj", "and 3 more", report.worst.module, f"{report.bytes_after:,}"]
     for words in expected:
         assert text.count(words) >= 1, words
+
+
+def test_smoothing_is_told_with_every_reason(tmp_path):
+    groups = [
+        GroupReport("b.0", "norm", "norm", ("q",), "folded", 0.5, 0.1),
+        GroupReport("b.1", "norm", "norm", ("q",), "folded", 0.5, 0.1),
+        GroupReport("b.0", "v", "linear", ("o",), "undone", 0.5, 3.0, "its output changed"),
+        *(GroupReport(f"b.{n}", "up", "linear", (), "refused", reason="it feeds gelu") for n in range(4)),
+    ]
+    report = made([])
+    report.groups = groups
+    assert group_lines(groups) == [
+        "  smoothing  2 groups folded, 1 groups undone, 4 groups refused",
+        "  not folded b.0.v: undone: its output changed",
+        "  not folded b.0.up, b.1.up, b.2.up and 1 more: refused: it feeds gelu",
+    ]
+    assert all(line in report.to_text() for line in group_lines(groups))
+    assert group_lines([]) == []
+    write_report(tmp_path, report)
+    stored = json.loads((tmp_path / "quantkit_report.json").read_text())["groups"]
+    assert [group["state"] for group in stored] == [group.state for group in groups]
+
+
+def test_a_report_on_smoothing_alone_says_that_nothing_is_quantized(model_folder, calibration, tmp_path):
+    report = quantize(model_folder("llama"), tmp_path / "out", steps=["smoothquant"], progress=False, **calibration)
+    assert "quantized  nothing: all weights stay in float" in report.to_text()
+    assert report.worst is None
+    assert (report.format, report.layers) == ("float", [])
+    assert report.bytes_after == report.bytes_before
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_reported_one_by_one(model_folder, tmp_path, name):
+    report = quantize(model_folder(name), tmp_path / "out", steps=["int8"], progress=False)
+    names = [layer.module for layer in report.layers]
+    assert len(names) == len(set(names))
+    assert sum(".experts." in module for module in names) == (24 if name == "mixtral" else 16)
+    stored = models.read_tensors(tmp_path / "out")
+    assert {key.removesuffix(".weight_scale") for key in stored if key.endswith(".weight_scale")} == set(names)
 
 
 def test_the_dict_is_the_file(report, tmp_path):
