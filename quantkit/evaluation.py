@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -350,11 +350,15 @@ def _refuse_calibration_data(model: Any, hub: Hub, texts: Texts) -> None:
         recipe = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} isn't JSON ({error}): take it from the original again") from error
-    dataset = recipe.get("dataset") if isinstance(recipe, dict) else None
-    if isinstance(dataset, dict) and dataset.get("fingerprint") == texts.fingerprint:
+    if calibrated_with(recipe.get("dataset") if isinstance(recipe, dict) else None, texts):
         raise DataError(
             f"{texts.name} is the text that {name_of(model)} was calibrated with: evaluate it on another split or file"
         )
+
+
+def calibrated_with(dataset: Any, texts: Texts) -> bool:
+    """Whether these are the texts that a recipe's record of its data names."""
+    return isinstance(dataset, Mapping) and dataset.get("fingerprint") == texts.fingerprint
 
 
 @contextmanager

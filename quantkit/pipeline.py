@@ -12,8 +12,9 @@ import torch
 from quantkit_calibration.data import calibration_windows
 from torch import nn
 
+from quantkit import formats
 from quantkit.calibrated import compress_calibrated
-from quantkit.checkpoint import Hub, Source, Tensors, open_folder, open_model
+from quantkit.checkpoint import Hub, Source, Tensors, open_folder, open_model, read_config
 from quantkit.compression import compress_stage
 from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
@@ -117,7 +118,7 @@ def quantize(
         windows, made = calibration_data(source, model, made, data, hub)
     evaluation = None
     if eval_dataset is not None:
-        evaluation = prepare_evaluation(source, model, eval_dataset, seq_len, data_dir, hub, device, progress)
+        evaluation = prepare_evaluation(source, model, made, eval_dataset, seq_len, data_dir, hub, device, progress)
     with partial_folder(target) as folder:
         writer = ShardWriter(folder, limit)
         done = compress(plan, made, source, writer, place, windows, progress)
@@ -181,6 +182,7 @@ def _recipe(
 def prepare_evaluation(
     source: Source,
     model: str | Path | nn.Module,
+    recipe: Recipe,
     dataset: str,
     seq_len: int | None,
     data_dir: str | Path | None,
@@ -189,10 +191,15 @@ def prepare_evaluation(
     progress: bool,
 ) -> Callable[[Path], dict[str, Any]]:
     """A function that evaluates a checkpoint against the model; its data are read and found sufficient now."""
-    from quantkit.evaluation import check_text, evaluate
+    from quantkit.evaluation import calibrated_with, check_text, evaluate
 
+    stored = None if source.folder is None else read_config(source.folder).get("quantization_config")
+    if stored is not None:  # the baseline is to be loaded as it is
+        formats.of_config(stored, source.name).parse(stored)
     tokenizer = source.tokenizer or tokenizer_of(model, hub)
     texts = read(dataset, data_dir=data_dir, token=hub.token, cache_dir=hub.cache_dir)
+    if calibrated_with(recipe.dataset, texts):
+        raise DataError(f"{texts.name} is the text to calibrate with: evaluate on another split or file")
     check_text(texts, tokenizer, source.skeleton, source.name, seq_len)
     baseline = source.folder if source.folder is not None else model
     words: dict[str, Any] = {"seq_len": seq_len, "tokenizer": tokenizer, "device": device, "progress": progress}

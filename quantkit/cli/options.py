@@ -17,6 +17,33 @@ _HUB = (
 )
 
 
+_RECIPE = (
+    click.option(
+        "-m", "--step", "steps", multiple=True, metavar="STEP", help="name[:key=value[,key=value...]]; repeatable."
+    ),
+    click.option("--recipe", metavar="NAME|FILE", help="A recipe that comes with quantkit, or a .toml or .json file."),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these modules; repeatable."),
+    click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these modules in float; repeatable."),
+    click.option(
+        "--format",
+        type=click.Choice(["auto", "compressed-tensors", "bitsandbytes", "quantkit"]),
+        default="auto",
+        show_default=True,
+        help="How it lies on disk.",
+    ),
+    click.option(
+        "--dequantize", is_flag=True, help="Take a model that is compressed already, turned into float first."
+    ),
+)
+
+
+def recipe_options(function: F) -> F:
+    """The function with the options that say what is done to a model."""
+    for option in reversed(_RECIPE):
+        function = option(function)
+    return function
+
+
 def hub_options(function: F) -> F:
     """The function with the options that say how to find a model on the hub."""
     for option in reversed(_HUB):

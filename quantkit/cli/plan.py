@@ -2,25 +2,12 @@
 
 import click
 
-from quantkit.cli.options import CONTEXT, hub_options, json_option
+from quantkit.cli.options import CONTEXT, hub_options, json_option, recipe_options
 
 
 @click.command("plan", context_settings=CONTEXT)
 @click.argument("model")
-@click.option(
-    "-m", "--step", "steps", multiple=True, metavar="STEP", help="name[:key=value[,key=value...]]; repeatable."
-)
-@click.option("--recipe", metavar="NAME|FILE", help="A recipe that comes with quantkit, or a .toml or .json file.")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these modules; repeatable.")
-@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these modules in float; repeatable.")
-@click.option(
-    "--format",
-    type=click.Choice(["auto", "compressed-tensors", "bitsandbytes", "quantkit"]),
-    default="auto",
-    show_default=True,
-    help="How it would lie on disk.",
-)
-@click.option("--dequantize", is_flag=True, help="Take a model that is compressed already, turned into float first.")
+@recipe_options
 @click.option("--explain", is_flag=True, help="Say what the data flow showed, group by group.")
 @hub_options
 @json_option

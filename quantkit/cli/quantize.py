@@ -4,34 +4,29 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import CONTEXT, SPEC_HELP, data_dir_option, device_option, hub_options, json_option
+from quantkit.cli.options import (
+    CONTEXT,
+    SPEC_HELP,
+    data_dir_option,
+    device_option,
+    hub_options,
+    json_option,
+    recipe_options,
+)
 
 
 @click.command("quantize", context_settings=CONTEXT)
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="OUT", help="Where to write; must not exist, or be empty.")
-@click.option(
-    "-m", "--step", "steps", multiple=True, metavar="STEP", help="name[:key=value[,key=value...]]; repeatable."
-)
-@click.option("--recipe", metavar="NAME|FILE", help="A recipe that comes with quantkit, or a .toml or .json file.")
+@recipe_options
 @click.option("--dataset", metavar="SPEC", help="What to calibrate on. " + SPEC_HELP)
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to calibrate on.")
 @click.option("--seq-len", type=int, metavar="N", help="Tokens of a window. [default: 2048, or the model's context]")
 @click.option("--seed", type=int, help="Seed of everything random. [default: the recipe's, or 0]")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these modules; repeatable.")
-@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these modules in float; repeatable.")
-@click.option(
-    "--format",
-    type=click.Choice(["auto", "compressed-tensors", "bitsandbytes", "quantkit"]),
-    default="auto",
-    show_default=True,
-    help="How it lies on disk.",
-)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file to write.")
 @data_dir_option
 @device_option
 @click.option("--eval-dataset", metavar="SPEC", help="Evaluate the result against the float model on this data set.")
-@click.option("--dequantize", is_flag=True, help="Take a model that is compressed already, turned into float first.")
 @hub_options
 @json_option
 def command(model: str, as_json: bool, **options: Any) -> None:

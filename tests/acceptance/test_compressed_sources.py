@@ -4,6 +4,7 @@ The oracle is exact: each compressed folder is written or decoded here by hand, 
 folder, and quantizing the one with --dequantize gives the bytes that quantizing the other gives.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,42 @@ def test_what_quantkit_compressed_is_quantized_as_its_float_weights(
     assert any(not torch.equal(value, floats[key]) for key, value in decoded.items())
     write(source, tmp_path / "float", decoded)
     quantized_both_ways(tmp_path / "compressed", tmp_path / "float", tmp_path, steps=["fp8"], format="quantkit")
+
+
+def test_what_cannot_be_loaded_is_no_baseline(
+    by_hand: Callable[[str], tuple[Path, Path]],
+    compressed: Callable[..., Path],
+    mistake: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    """quantkit doesn't load DeepSeek's FP8, so that a result could not be held against it: said before the work."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    words = ["-o", tmp_path / "out", "-m", "int8", "--dequantize", "--eval-dataset", text, "--seq-len", 16]
+    mistake("quantize", by_hand("fp8")[0], *words, says=("'fp8'",))
+    assert not (tmp_path / "out").exists()
+    report = quantize(
+        compressed("int8"), tmp_path / "out", steps=["w8a8"], dequantize=True, eval_dataset=str(text), seq_len=16
+    )
+    assert report.evaluation is not None
+    assert 0 < report.evaluation["kl_mean"] < 0.1
+
+
+def test_a_float_source_needs_no_dequantize(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize(model_folder("llama"), tmp_path / "one", steps=["w8a8"], progress=False)
+    quantize(model_folder("llama"), tmp_path / "two", steps=["w8a8"], dequantize=True, progress=False)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def test_a_plan_for_a_compressed_source(
+    by_hand: Callable[[str], tuple[Path, Path]], cli: Callable[..., Any], mistake: Callable[..., str]
+) -> None:
+    compressed, floats = by_hand("mxfp4")
+    mistake("plan", compressed, "-m", "int8", says=("'mxfp4'", "--dequantize"))
+    ours, theirs = (
+        json.loads(cli("plan", folder, "-m", "int8", "--json", *words).stdout)
+        for folder, words in ((compressed, ["--dequantize"]), (floats, []))
+    )
+    assert {key: value for key, value in ours.items() if key != "model"} == {
+        key: value for key, value in theirs.items() if key != "model"
+    }

@@ -1,6 +1,8 @@
 """What --dataset takes for calibration, through the command line: every SPEC, and every mistake with one."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ STEPS = ("-m", "smoothquant", "-m", "w8a8")
 SIZES = ("--samples", 6, "--seq-len", 16)
 ROWS = [f"The quick brown fox number {number} jumps over {number} lazy dogs, and back. " * 3 for number in range(9)]
 JOINED = "\n\n".join(ROWS)
-IDS = list(JOINED.encode())
+OTHER = "Some other words than those before, and some more of them. " * 10
 
 
 def token_ids() -> list[int]:
@@ -131,8 +133,6 @@ def test_every_spec_gives_what_the_same_text_gives(
     words = SPECS[kind](tmp_path)
     result = cli("quantize", model_folder("llama"), "-o", tmp_path / "out", *STEPS, *SIZES, "--dataset", *words)
     assert result.exit_code == 0, result.stderr
-    if kind == "conversations":  # rendered one by one, and joined as documents are
-        assert weights(tmp_path / "out") == weights(calibrated / "out")
     assert weights(tmp_path / "out") == weights(calibrated / "out")
     recipe = json.loads((tmp_path / "out/quantkit_recipe.json").read_text())
     assert recipe["dataset"]["windows"] == 6
@@ -238,40 +238,25 @@ def test_too_few_windows_are_told_and_data_that_nothing_observes_too(
 
 def test_warnings_reach_the_screen(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """In a process of its own, as a user sees them."""
-    import subprocess
-    import sys
-
     (tmp_path / "little.txt").write_text("x" * 70, encoding="utf-8")
-    words = [
-        "quantize",
-        model_folder("llama"),
-        "-o",
-        tmp_path / "out",
-        *STEPS,
-        *SIZES,
-        "--dataset",
-        tmp_path / "little.txt",
-    ]
-    ran = subprocess.run(
-        [sys.executable, "-m", "quantkit", *map(str, words)], capture_output=True, text=True, check=False
-    )
+    words = ["quantize", model_folder("llama"), "-o", tmp_path / "out", *STEPS, *SIZES, "--dataset"]
+    program = [sys.executable, "-m", "quantkit", *map(str, words), tmp_path / "little.txt"]
+    ran = subprocess.run(program, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "holds 4 windows of 16 tokens, not 6" in ran.stderr
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "a saved folder", "a known name"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "a saved folder"])
 def test_the_text_of_calibration_is_no_text_of_evaluation(
-    kind: str, calibrated: Path, model_folder: Callable[[str], Path], mistake: Callable[..., str], tmp_path: Path
+    kind: str, calibrated: Path, mistake: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Whatever file it comes in."""
-    out = calibrated / "out"
-    words = SPECS[kind](tmp_path)
-    if kind != "a known name":
-        mistake("eval", out, "--dataset", *words, "--seq-len", 16, says=("calibrat",))
-        with pytest.raises(DataError, match="calibrat"):
-            evaluate(out, str(words[0]), seq_len=16, progress=False)
+    """Whatever file it comes in; another text is."""
+    out, (spec,) = calibrated / "out", SPECS[kind](tmp_path)
+    mistake("eval", out, "--dataset", spec, "--seq-len", 16, says=("calibrated with", "another split or file"))
+    with pytest.raises(DataError, match="calibrated with"):
+        evaluate(out, str(spec), seq_len=16, progress=False)
     other = tmp_path / "other.txt"
-    other.write_text("Some other words than those before, and some more of them. " * 10, encoding="utf-8")
+    other.write_text(OTHER, encoding="utf-8")
     assert evaluate(out, other, seq_len=16, progress=False)["perplexity"] > 1
 
 
@@ -281,10 +266,10 @@ def test_calibration_and_evaluation_in_one_command(
     """On the same text it is refused before the work; else the result is in the report."""
     spec = write_txt(tmp_path)[0]
     words = ["quantize", model_folder("llama"), "-o", tmp_path / "out", *STEPS, *SIZES, "--dataset", spec]
-    mistake(*words, "--eval-dataset", spec, says=("calibrat",))
+    mistake(*words, "--eval-dataset", spec, says=("text to calibrate with", "another split or file"))
     assert not (tmp_path / "out").exists()
     other = tmp_path / "other.txt"
-    other.write_text("Some other words than those before, and some more of them. " * 10, encoding="utf-8")
+    other.write_text(OTHER, encoding="utf-8")
     result = cli(*words, "--eval-dataset", other, "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
