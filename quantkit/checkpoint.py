@@ -317,7 +317,9 @@ def open_model(model: nn.Module, tokenizer: Any = None) -> Source:
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    refuse_unfit(config, name, Hub(trust_remote_code=True))
+    # What a class that isn't transformers' own computes is for its owner to know.
+    known = config if type(model).__module__.startswith("transformers.") else config | {"architectures": []}
+    refuse_unfit(known, name, Hub(trust_remote_code=True))
     generation = model.generation_config.to_dict() if model.can_generate() else None
     return Source(name, None, config, model, MemoryTensors(model), tokenizer, generation)
 

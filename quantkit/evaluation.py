@@ -38,6 +38,7 @@ from quantkit.pairing import (
     folder_of,
     loaded,
     name_of,
+    position_errors,
     require_tokenizer,
     tokenizer_for,
     window_length,
@@ -106,7 +107,7 @@ def evaluate(
     tokens = tokenize(texts, tokenizer) if texts.kind != "passages" else None
     with loaded(model, baseline, hub, device, backend) as pair:
         length = window_length(pair, seq_len)
-        with torch.inference_mode(), _memory_errors(batch_size, length):
+        with torch.inference_mode(), _memory_errors(batch_size, length), position_errors(pair.name, length):
             if tokens is None:
                 measured = _last_word(pair, texts, tokenizer, length, max_tokens, batch_size, progress)
             else:

@@ -56,6 +56,20 @@ def window_length(pair: Pair, seq_len: int | None) -> int:
     return limit
 
 
+@contextmanager
+def position_errors(name: str, seq_len: int) -> Iterator[None]:
+    """Turns the IndexError of a model that has no place for so many tokens, and doesn't say so, into a sentence."""
+    try:
+        yield
+    except IndexError as error:
+        if "index out of range" not in str(error):
+            raise
+        raise DataError(
+            f"{name} cannot read {seq_len} tokens at once ({error}), which its config doesn't say: choose a smaller "
+            "seq_len"
+        ) from error
+
+
 def check_vocabulary(model: Model, name: str, largest: int) -> None:
     """Return nothing; raise DataError when the largest token id is none of the model."""
     size = vocabulary(model)

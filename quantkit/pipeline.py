@@ -23,7 +23,14 @@ from quantkit.memory import peak_memory_bytes
 from quantkit.naming import float_layout
 from quantkit.outcome import Outcome
 from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
-from quantkit.pairing import Pair, check_vocabulary, require_tokenizer, tokenizer_of, window_length
+from quantkit.pairing import (
+    Pair,
+    check_vocabulary,
+    position_errors,
+    require_tokenizer,
+    tokenizer_of,
+    window_length,
+)
 from quantkit.planning import Plan, make_plan
 from quantkit.progress import Steps
 from quantkit.recipe import Recipe, Step, load_recipe
@@ -270,7 +277,8 @@ def compress(
             done.layers += compress_stage(stage, plan, source, writer, device)
             steps.advance()
         if windows is not None:
-            blocks = compress_calibrated(plan, recipe, source, writer, device, windows, lambda _: steps.advance())
+            with position_errors(source.name, windows.shape[1]):
+                blocks = compress_calibrated(plan, recipe, source, writer, device, windows, lambda _: steps.advance())
             done.layers += blocks.layers
             done.groups, done.notes = blocks.groups, blocks.notes
     return done

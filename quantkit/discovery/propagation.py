@@ -17,7 +17,7 @@ from quantkit.discovery.labels import (
     power_of,
 )
 from quantkit.discovery.probing import Prober
-from quantkit.discovery.products import Product, multiply, product_of
+from quantkit.discovery.products import ATTENTION, Product, multiply, product_of
 from quantkit.discovery.reasons import Reasons
 from quantkit.discovery.trace import VALUELESS, Op, Slot, Trace
 
@@ -237,6 +237,10 @@ class Pass:
 
     def _try(self, op: Op, labelled: dict[int, Tensor]) -> None:
         """Any other operation: run it with scaled values."""
+        if op.name.startswith(ATTENTION):
+            labelled = self._without_scores(op, labelled)
+            if not labelled:
+                return
         found = self.prober.labels(op, labelled)
         if found is None:
             if not self._add_constant(op, labelled) and not self._add_parameter(op, labelled):
@@ -252,6 +256,14 @@ class Pass:
             (i,) = labelled
             if op.leaves[i].weightlike and op.results[0].active:
                 self.gain = (op, i, found[0])
+
+    def _without_scores(self, op: Op, labelled: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What fused attention takes without its queries and keys, whose channels are blocked: values may go on."""
+        scores = {i: label for i, label in labelled.items() if i < 2}
+        if not scores:
+            return labelled
+        self._fail(op, scores)
+        return {i: label for i, label in labelled.items() if i not in scores}
 
     def _add_constant(self, op: Op, labelled: dict[int, Tensor]) -> bool:
         """Whether the operation adds a constant to a scaled parameter that nothing else was done to."""

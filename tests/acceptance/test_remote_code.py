@@ -164,3 +164,17 @@ def test_a_model_in_memory_of_such_code_is_quantized(source: Path, tmp_path: Pat
     again = quantize(source, tmp_path / "two", steps=["int8"], trust_remote_code=True, progress=False)
     assert report.layers == again.layers
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def test_a_model_in_memory_needs_no_name(source: Path, tmp_path: Path) -> None:
+    """Its class is registered nowhere."""
+
+    class Unnamed(unseen.DriftForCausalLM):
+        pass
+
+    model = Unnamed(unseen.DriftConfig()).float()
+    tiny.randomize(model)
+    report = quantize(model.eval(), tmp_path / "out", steps=["int8"], progress=False)
+    quantize(source, tmp_path / "two", steps=["int8"], trust_remote_code=True, progress=False)
+    assert report.notes == []
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()

@@ -182,11 +182,15 @@ def test_all_groups_are_found_as_the_code_has_them(source: Callable[[bool], Path
         hold(structure)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
-def test_the_groups_are_the_same_whichever_experts_are_sent_tokens(tokens: int) -> None:
-    """With one token two experts of four are sent none: the code indexes with nothing."""
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+def test_the_groups_are_the_same_whichever_experts_are_sent_tokens(tokens: int, fused: bool) -> None:
+    """With one token two experts of four are sent none: the code indexes with nothing.
+
+    Nor does it matter whether the code takes attention's steps one by one, or calls torch's fused function.
+    """
     for seed in range(4):
-        block = Storey(DriftConfig()).eval()
+        block = Storey(DriftConfig(fused=fused)).eval()
         randomize_(block, torch.Generator().manual_seed(seed))
         x = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
@@ -376,3 +380,17 @@ def test_it_is_evaluated_and_planned_as_any_other(
     assert shown.exit_code == 0
     for word in ("norm flair.weight, multiplies by 1 + weight, 48 channels", "market.taste", "experts market.wide"):
         assert word in shown.stdout
+
+
+def test_a_context_that_the_config_does_not_name_is_found_out(
+    source: Callable[[bool], Path], mistake: Callable[..., str], tmp_path: Path
+) -> None:
+    """The model has 64 places, under a name that means nothing to anyone, and windows are 2048 tokens by default."""
+    long = tmp_path / "long.txt"
+    long.write_text(TEXT * 2, encoding="utf-8")
+    data = ["--dataset", long]
+    steps = ["-m", "smoothquant", "-m", "w8a8", "--samples", 2]
+    says = (str(source(False)), "cannot read 2048 tokens at once", "smaller seq_len")
+    mistake("quantize", source(False), "-o", tmp_path / "out", *steps, *data, says=says)
+    mistake("eval", source(False), *data, says=says)
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]

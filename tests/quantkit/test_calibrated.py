@@ -54,6 +54,7 @@ class Run:
     visits: dict[int, list] = field(default_factory=dict)
     worked: dict[str, object] = field(default_factory=dict)
     model: object = None
+    plan: object = None
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def run(monkeypatch, text, tmp_path):
             return run_blocks(model, blocks, batches, visited, **options)
 
         def stage(stage, plan, source, writer, device, worked=None, kept=None):
-            made.worked[stage.name] = copy.deepcopy(worked)
+            made.worked[stage.name], made.plan = copy.deepcopy(worked), plan
             return compress_stage(stage, plan, source, writer, device, worked, kept)
 
         monkeypatch.setattr(calibrated, "run_blocks", watched)
@@ -361,12 +362,12 @@ class TestSeeds:
 def test_every_linear_layer_is_reported_or_left_with_a_reason(run, tiny_folder, tmp_path, model_type):
     """And every smoothing group has a state with its reason; the result is loaded and runs."""
     folder = tiny_folder(model_type)
-    report = run(folder, *BOTH).report
+    made = run(folder, *BOTH)
+    report, plan = made.report, made.plan
     left = {item.module: item.reason for item in report.left_alone}
     assert all(left.values())
     model = AutoModelForCausalLM.from_pretrained(folder)
     linears = {name: tuple(module.weight.shape) for name, module, *_ in linear_modules(model)}
-    plan = quantkit.pipeline.prepare(folder, steps=BOTH)[0]
     on_disk = {}
     for target in plan.targets.values():
         modules = [prefix[:-1] for prefix in target.prefixes] if target.of_experts else [target.module]

@@ -1,12 +1,16 @@
 """Keys to parameters and back, held against what transformers itself loads and saves."""
 
+from dataclasses import replace
+
 import models
 import pytest
 from transformers import AutoModelForCausalLM
 
+from quantkit import quantize
 from quantkit.checkpoint import Hub, open_folder, open_model
 from quantkit.errors import CheckpointError
-from quantkit.naming import Names, names_of
+from quantkit.naming import Names, float_layout, names_of
+from quantkit.shards import ShardReader
 
 CONVERTED = ["mixtral", "hrm_text", "deepseek_v3", "kimi_linear"]
 """Models whose tensors are merged or split while they are loaded."""
@@ -20,8 +24,9 @@ def assert_same(found, expected):
     assert [name for name, value in expected.items() if not models.same(found[name], value)] == []
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", *CONVERTED])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "deepseek_v4", *CONVERTED])
 def test_all_keys_make_what_from_pretrained_loads(tiny_folder, tiny_source, model_type):
+    """DeepSeek 4 has a renaming of old names that would take a new name for one."""
     source = tiny_source(model_type)
     made = Names(source).parameters(source.weights.tensors, source.weights.get)
     assert_same(made, AutoModelForCausalLM.from_pretrained(tiny_folder(model_type)).state_dict())
@@ -159,3 +164,19 @@ class TestPieces:
         source = tiny_source("mixtral")
         source.weights.get = None  # type: ignore[method-assign]
         assert Names(source).pieces(f"{EXPERTS}.down_proj", 2) is not None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "step"), [("gpt2", "w8a8"), ("mixtral", "int8"), ("gpt_oss", "w8a8"), ("hrm_text", "fp8")]
+)
+def test_the_float_layout_of_a_compressed_checkpoint_is_the_sources(
+    tiny_folder, tiny_source, tmp_path, model_type, step
+):
+    """Packed codes and experts that were taken apart name the float tensors that they came from, with their shapes."""
+    quantize(tiny_folder(model_type), tmp_path / "out", steps=[step], progress=False)
+    source = tiny_source(model_type)
+    shapes, turned = float_layout(replace(source, weights=ShardReader(tmp_path / "out")))
+    expected = {key: info.shape for key, info in source.weights.tensors.items()}
+    assert {key: shapes.get(key) for key in expected} == expected
+    in_x_out = {name for name, module in source.skeleton.named_modules() if type(module).__name__ == "Conv1D"}
+    assert turned == {f"{name}.weight" for name in in_x_out}

@@ -204,6 +204,15 @@ def test_modules_apart_are_the_callers():
     assert found.tolist() == [[(4 * second * once + shift) * gain] * 4] * 2
 
 
+def test_a_module_apart_is_not_filled_where_the_caller_does_without():
+    lazy, asked = toy(apart=["body.layers.0"])
+    lazy.model.body.layers[0].forward = lambda x: x
+    with torch.no_grad(), lazy.hooked():
+        lazy.model(torch.ones(2, 4))
+    assert ["body.layers.0.weight"] not in asked
+    assert ["body.layers.1.weight"] in asked
+
+
 def test_after_an_error_nothing_is_left():
     lazy, _ = toy(kept=["body"])
     before = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in lazy.model.modules()]

@@ -29,12 +29,13 @@ class DriftConfig(PreTrainedConfig):
         guilds: int = 4,
         guild_size: int = 40,
         reach: int = 64,
+        fused: bool = False,
         tie_word_embeddings: bool = False,
         **more: Any,
     ) -> None:
         self.vocab_size, self.breadth, self.storeys = vocab_size, breadth, storeys
         self.voices, self.choirs, self.swell = voices, choirs, swell
-        self.guilds, self.guild_size, self.reach = guilds, guild_size, reach
+        self.guilds, self.guild_size, self.reach, self.fused = guilds, guild_size, reach, fused
         super().__init__(tie_word_embeddings=tie_word_embeddings, **more)
 
 
@@ -62,11 +63,12 @@ class Turned(nn.Module):
 
 
 class Gaze(nn.Module):
-    """Causal attention: queries, keys and values from one weight, fewer keys and values than queries."""
+    """Causal attention, step by step or fused: queries, keys and values from one weight, fewer values than queries."""
 
     def __init__(self, config: DriftConfig) -> None:
         super().__init__()
         self.voices, self.choirs, self.pitch = config.voices, config.choirs, config.breadth // config.voices
+        self.fused = config.fused
         self.braid = nn.Linear(config.breadth, (config.voices + 2 * config.choirs) * self.pitch)
         self.home = Turned(config.breadth, config.breadth)
 
@@ -76,6 +78,9 @@ class Gaze(nn.Module):
         q, k, v = (
             part.view(batch, length, -1, self.pitch).transpose(1, 2) for part in self.braid(x).split(sizes, dim=-1)
         )
+        if self.fused:
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return self.home(seen.transpose(1, 2).reshape(batch, length, breadth))
         k, v = (part.repeat_interleave(self.voices // self.choirs, dim=1) for part in (k, v))
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         scores = (q @ k.transpose(-1, -2) / self.pitch**0.5).masked_fill(future, float("-inf"))
