@@ -18,8 +18,11 @@ from quantkit import calibrated
 from quantkit.checkpoint import Hub, open_folder
 from quantkit.compression import compress_stage
 from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.experts import QuantizedExperts
 from quantkit.exploration import explore
 from quantkit.linears import linear_modules
+from quantkit.modules import QuantizedLinear
+from quantkit.pipeline import prepare
 from quantkit.smoothing import Smoother
 
 STATIC = "w8a8:activation=tensor-static"
@@ -300,7 +303,7 @@ class TestMemory:
 
         While one block's are there no other's are; once a block is done, none are: its codes have their place.
         """
-        plan = quantkit.pipeline.prepare(tiny_folder(model_type), steps=BOTH)[0]
+        plan = prepare(tiny_folder(model_type), steps=BOTH)[0]
         names = {layer.parameter for layer in plan.quantized if layer.parameter.startswith(plan.findings.blocks)}
         alive, together, done = [], [], []
 
@@ -329,6 +332,20 @@ class TestMemory:
         assert {number for numbers in together for number in numbers} == {"0", "1"}
         assert not set().union(*done)
         assert not [name for name, value in made.model.named_parameters() if not value.is_meta and value.ndim > 1]
+
+    @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+    def test_a_block_before_has_given_back_its_codes_and_norms_too(self, run, tiny_folder, model_type):
+        held = []
+
+        def after(model, block, calls):
+            for other in model.model.layers:
+                if other is not block:
+                    held.extend(p for p in other.parameters() if not p.is_meta)
+                    held.extend(m for m in other.modules() if isinstance(m, QuantizedLinear | QuantizedExperts))
+
+        made = run(tiny_folder(model_type), *BOTH, after=after)
+        assert len(made.visits) == 2
+        assert held == []
 
 
 class TestLoops:

@@ -86,7 +86,7 @@ def test_a_layer_of_a_class_of_its_own_is_special(tiny_source):
 
 
 class TestReasons:
-    @pytest.mark.parametrize("model_type", ["mixtral", "jamba", "qwen3_next", "gpt_oss"])
+    @pytest.mark.parametrize("model_type", ["mixtral", "jamba", "gpt_oss", "afmoe"])
     def test_routers(self, tiny_source, model_type):
         reasons = left(tiny_source(model_type))
         routers = {name: reason for name, reason in reasons.items() if name.endswith((".gate", ".router"))}

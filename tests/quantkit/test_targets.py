@@ -79,6 +79,13 @@ class TestFormat:
             plan(source, "llm-int8", layout="bitsandbytes")
         assert plan(source).layout is formats.compressed_tensors
 
+    def test_layers_in_x_out_choose_quantkits_own_where_others_misread_them(self, tiny_source):
+        """GPT-2's: transformers takes compressed-tensors' codes of Conv1D for weights, but has bitsandbytes' right."""
+        source = tiny_source("gpt2")
+        assert plan(source).layout is formats.native
+        assert plan(source, layout="compressed-tensors").layout is formats.compressed_tensors
+        assert plan(source, "llm-int8").layout is formats.bitsandbytes
+
     def test_a_split_tensor_is_none_for_bitsandbytes(self, tiny_source):
         reasons = left(plan(tiny_source("hrm_text"), "llm-int8", layout="bitsandbytes"))
         assert "bitsandbytes cannot do" in reasons[ATTENTION[1]]
