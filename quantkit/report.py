@@ -204,11 +204,11 @@ def model_card(report: Report, source: Source) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| quantized linear layers | {len(report.layers)} |",
-        f"| bits per quantized weight | {report.bits_per_weight:.2f} |",
         f"| bytes of tensors | {report.bytes_before:,} before, {report.bytes_after:,} after |",
     ]
     if report.worst is not None:
+        body.append(f"| quantized linear layers | {len(report.layers)} |")
+        body.append(f"| bits per quantized weight | {report.bits_per_weight:.2f} |")
         body.append(f"| largest weight error | {report.worst.weight_error:.2%} ({report.worst.module}) |")
     if report.evaluation is not None:
         line = evaluation_line(report.evaluation).removeprefix("evaluation ")
