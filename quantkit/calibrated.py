@@ -6,7 +6,7 @@ quantized and written; the quantized layers take the place of the float ones, an
 the next block's inputs. One block's weights, its statistics and the windows' hidden states are all that is in memory.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -217,20 +217,39 @@ class _Work:
         for count in set(experts.values()):
             paths = [path for path, size in experts.items() if size == count]
             rare = _rare(inputs, paths, count)
-            first = list(rare)
-            while rare:
-                with ForcedRouting(count, rare) as routing, Watch(watched, inputs.see):
-                    block(*calls[0].args, **calls[0].kwargs)
-                left = _rare(inputs, paths, count)
-                if not routing.forced or len(left) == len(rare):
-                    break
-                rare = left
-            if first:
-                how = "with all tokens of the first windows" if not rare else "with those alone"
+            if rare:
+                shown = self._show(block, calls, watched, inputs, paths, count, list(rare))
+                how = "with all tokens of the first windows" if shown else "with those alone"
                 self.done.notes.append(
-                    f"experts {_listed(first)} of {name} were sent fewer than {FEW_TOKENS} calibration tokens, "
+                    f"experts {_listed(rare)} of {name} were sent fewer than {FEW_TOKENS} calibration tokens, "
                     f"and are calibrated {how}"
                 )
+
+    @staticmethod
+    def _show(
+        block: nn.Module,
+        calls: Calls,
+        watched: Mapping[str, tuple[torch.Tensor, int]],
+        inputs: Inputs,
+        paths: Sequence[str],
+        experts: int,
+        rare: list[int],
+    ) -> bool:
+        """Send all tokens of the first batches to these experts until each has met enough (or all there are).
+
+        False when the router doesn't choose in a way that can be overruled.
+        """
+        while rare:
+            for call in calls:
+                with ForcedRouting(experts, rare) as routing, Watch(watched, inputs.see):
+                    block(*call.args, **call.kwargs)
+                if not routing.taken:
+                    return False
+                left = set(_rare(inputs, paths, experts))
+                if not left.intersection(rare[: routing.taken]):
+                    break
+            rare = rare[routing.taken :]  # they have met enough, or every token there is
+        return True
 
     def _static_scales(
         self, name: str, block: nn.Module, calls: Calls, axes: dict[str, int]

@@ -47,10 +47,12 @@ def compress_stage(
     layers = []
     for key in stage.keys:
         tensor = changed[key] if key in changed else source.weights.get(key)
+        if key not in plan.targets:
+            tensor = tensor.to(source.weights.tensors[key].dtype)
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and key not in plan.unused:
             refuse_nonfinite(tensor, key, source)
         if key not in plan.targets:
-            writer.add({plan.renamed.get(key, key): tensor.to(source.weights.tensors[key].dtype)})
+            writer.add({plan.renamed.get(key, key): tensor})
             if not stage.is_block:
                 writer.flush()
             continue
@@ -111,4 +113,4 @@ def compress_linear(
     lost = float(torch.linalg.vector_norm(decoded - exact))
     bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / weight.numel()
     shape = (target.out_features, target.in_features)
-    return tensors, LayerReport(target.module, scheme.label, shape, bits, lost / norm if norm else 0.0)
+    return tensors, LayerReport(", ".join(target.modules), scheme.label, shape, bits, lost / norm if norm else 0.0)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from quantkit.checkpoint import empty_copy, output_head, tied_parameters, use_plain_implementations
-from quantkit.discovery import Refusal, Structure, discover, randomize_
+from quantkit.discovery import UNUSED, Refusal, Structure, discover, randomize_
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.memory import give_back_memory
@@ -55,6 +55,12 @@ class Findings:
     order: list[int] = field(default_factory=list)
     ended: str | None = None
     reads_outside: bool = False
+
+    def unused(self, parameter: str) -> bool:
+        """Whether a block was traced, and this parameter of it (by its full name) met no activation."""
+        number, _, path = parameter.removeprefix(f"{self.blocks}.").partition(".")
+        structure = self.structures.get(int(number)) if number.isdigit() else None
+        return structure is not None and structure.others.get(path) == UNUSED
 
     @property
     def idle(self) -> list[int]:
@@ -101,7 +107,8 @@ def _explored(skeleton: nn.Module, seed: int, groups: bool, *, outside: bool) ->
         if isinstance(result, Structure):
             found.structures[number] = _own_groups(name, result, shared)
         else:
-            found.untraced[number] = result or "it does not run when the model reads text"
+            idle = "it does not run when the model reads text" if ended is None else "the pass ended before it"
+            found.untraced[number] = result or idle
     return found
 
 

@@ -259,5 +259,6 @@ def conversion_problems(source: Source, prepare: Callable[[nn.Module], None] | N
         f"{item[0]!r} is {list(item[1])} where {list(item[2])} is expected" for item in sorted(info.mismatched_keys)
     ]
     return found + [
-        f"{name!r} cannot be made: {' '.join(str(why).split())}" for name, why in info.conversion_errors.items()
+        f"{name!r} cannot be made: {str(why).strip().splitlines()[-1].strip()}"
+        for name, why in info.conversion_errors.items()
     ]

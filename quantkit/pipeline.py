@@ -35,7 +35,7 @@ from quantkit.planning import Plan, make_plan
 from quantkit.progress import Steps
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.report import Report, model_card, write_report
-from quantkit.shards import ShardWriter, write_error, write_json, write_text
+from quantkit.shards import ShardReader, ShardWriter, write_error, write_json, write_text
 from quantkit.texts import read, tokenize
 from quantkit.verification import verify
 
@@ -218,7 +218,10 @@ def open_source(model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, dequ
     """The source of a folder, a hub id or a model in memory."""
     if isinstance(model, nn.Module):
         return open_model(model, tokenizer)
-    return open_folder(model, hub, _as_float if dequantize else None)
+    source = open_folder(model, hub, _as_float if dequantize else None)
+    if dequantize and isinstance(source.weights, ShardReader):
+        log.warning("--dequantize is unused: %s is not compressed", model)
+    return source
 
 
 def _as_float(source: Source) -> tuple[Tensors, dict[str, Any]]:

@@ -79,6 +79,7 @@ class LazyModel:
             for leaf, buffer in module._buffers.items():
                 module._buffers[leaf] = None if buffer is None else buffer.to(self.device)
         self.ran: set[str] = set()
+        self._filled: set[str] = set()
         self._held: dict[str, list[str]] = {}
 
     def fill(self, prefix: str, module: nn.Module, values: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -150,10 +151,14 @@ class LazyModel:
     def _before(self, name: str, module: nn.Module) -> None:
         self.ran.add(name)
         own = {leaf: value for leaf, value in module._parameters.items() if value is not None and value.is_meta}
-        if not own or name in self.apart:
+        if name in self.apart:
             return
         prefix = f"{name}." if name else ""
         buffers = [leaf for leaf in module._buffers if leaf not in module._non_persistent_buffers_set]
+        inside = any(name.startswith(f"{part}.") for part in self.apart)
+        if not own and (not buffers or inside or name in self._filled):
+            return
+        self._filled.add(name)
         for full, value in self.provide([prefix + leaf for leaf in (*own, *buffers)]).items():
             self._put(full, value)
         self._held[name] = [prefix + leaf for leaf in own]

@@ -99,16 +99,21 @@ def choose_targets(
 
 def _leave_partners(names: Names, candidates: Sequence[Candidate], reasons: dict[str, str | None]) -> None:
     """Leave in float what shares a checkpoint tensor with something that stays in float."""
-    quantized = {candidate.parameter for candidate in candidates if reasons[candidate.name] is None}
-    sources = names.sources()
     makes: dict[str, set[str]] = {}
-    for parameter, keys in sources.items():
+    for parameter, keys in names.sources().items():
         for key in keys:
             makes.setdefault(key, set()).add(parameter)
-    for candidate in candidates:
-        partners = {other for key in candidate.keys for other in makes.get(key, ())} - quantized
-        if reasons[candidate.name] is None and partners:
-            reasons[candidate.name] = f"shares its tensor on disk with {min(partners)}, which stays in float"
+    quantized = {candidate.parameter: candidate for candidate in candidates if reasons[candidate.name] is None}
+    while True:
+        left = {}
+        for parameter, candidate in quantized.items():
+            partners = {other for key in candidate.keys for other in makes.get(key, ())} - quantized.keys()
+            if partners:
+                left[parameter] = f"shares its tensor on disk with {min(partners)}, which stays in float"
+        if not left:
+            return
+        for parameter, reason in left.items():
+            reasons[quantized.pop(parameter).name] = reason
 
 
 def _layout(scheme: Scheme, name: str, candidates: Iterable[Candidate], reasons: dict[str, str | None]) -> ModuleType:
@@ -143,6 +148,10 @@ def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings:
         return "lies outside of the blocks, where no activation is observed"
     if scheme.is_static and any(candidate.name.startswith(f"{findings.blocks}.{i}.") for i in findings.idle):
         return "does not run when the model reads text, so that no activation is observed"
+    if scheme.is_static and findings.unused(candidate.parameter):
+        return "meets no activation when the model reads text, so that none is observed"
+    if candidate.converted and scheme.weight_granularity != "row":
+        return "is merged or split while it is loaded, and only scales by row go along"
     if not candidate.experts:
         return _against_linear(candidate, layout)
     if layout is formats.bitsandbytes:

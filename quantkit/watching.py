@@ -34,6 +34,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, parameters: Mapping[str, tuple[torch.Tensor, int]], see: See) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._see = see
+        if len({p.untyped_storage().data_ptr() for p, _ in parameters.values()}) < len(parameters):
+            raise ValueError("two of the parameters share their memory, and could not be told apart")
         self._known = {p.untyped_storage().data_ptr(): (name, p, axis) for name, (p, axis) in parameters.items()}
 
     def __torch_dispatch__(
@@ -76,13 +78,16 @@ class ForcedRouting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         experts: how many there are.
         chosen: which of them; filled up with others where more are asked for.
+
+    Attributes:
+        taken: how many were taken for each token, from the start of `chosen`; 0 when no router asked.
     """
 
     def __init__(self, experts: int, chosen: list[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._experts = experts
         self._order = [*chosen, *(number for number in range(experts) if number not in chosen)]
-        self.forced = False
+        self.taken = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -91,6 +96,6 @@ class ForcedRouting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         if func is not _aten.topk.default or args[0].shape[-1] != self._experts or out[1].shape[-1] >= self._experts:
             return out
-        self.forced = True
+        self.taken = out[1].shape[-1]
         index = torch.tensor(self._order[: out[1].shape[-1]], device=out[1].device).expand_as(out[1]).contiguous()
         return args[0].gather(-1, index), index

@@ -15,7 +15,8 @@ def command(model: str, explain: bool, as_json: bool, **options: object) -> None
     """Say what would be done to MODEL, and why, without reading a weight.
 
     What a model does with its parameters is seen in one short pass with random weights, a block at a time. Every
-    weight matrix is named, quantized or left alone with the reason; with --explain every smoothing group, too.
+    weight matrix has its place, quantized or left alone with the reason (--json names them all, the text the first of
+    each kind); with --explain every smoothing group, too.
 
     \b
     quantkit plan path/of/model -m smoothquant -m w8a8 --explain

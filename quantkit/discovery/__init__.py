@@ -23,10 +23,11 @@ from quantkit.discovery.structure import (
     Structure,
 )
 from quantkit.discovery.trace import Trace, record
-from quantkit.discovery.uses import kind_of, unused_likes, uses
+from quantkit.discovery.uses import UNUSED, kind_of, unused_likes, uses
 
 __all__ = [
     "UNTOUCHED",
+    "UNUSED",
     "DiscoveryError",
     "Edit",
     "Group",

@@ -141,7 +141,7 @@ def test_a_report_tells_what_was_stored_and_what_was_lost(tiny_source, tmp_path,
             exact = (part.t() if target.transposed else part).double()
             own = {name.removeprefix(prefix): v for name, v in written.tensors.items() if name.startswith(prefix)}
             own.pop("bias", None)
-            report = reports[prefix[:-1] if target.of_experts else target.module]
+            report = reports[prefix[:-1] if target.of_experts else ", ".join(target.modules)]
             assert report.shape == tuple(exact.shape) == (target.out_features, target.in_features)
             assert report.bits_per_weight == 8 * sum(value.nbytes for value in own.values()) / exact.numel()
             codes, scale = quantize_linear(exact.float(), scheme)

@@ -203,3 +203,21 @@ class TestIndivisible:
         with pytest.raises(RecipeError, match=r"group size 128 does not divide .* of 10 layers") as caught:
             plan(tiny_source("mixtral"), "int8:group=128")
         assert str(caught.value).count("model.layers.0.mlp.experts.gate_up_proj") == 1
+
+
+class TestWhatStaticSchemesLeave:
+    @pytest.mark.parametrize("model_type", ["bart", "whisper", "trocr", "prophetnet"])
+    def test_layers_that_text_never_reaches_are_left_before_any_work(self, tiny_folder, tmp_path, model_type):
+        """The decoder's cross attention has no encoder to look at."""
+        text = tmp_path / "text.txt"
+        text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+        data = {"dataset": str(text), "samples": 2, "seq_len": 16, "progress": False}
+        report = quantize(tiny_folder(model_type), tmp_path / "out", steps=[STATIC], **data)
+        reasons = {item.reason for item in report.left_alone if ".k" in item.module or "key" in item.module}
+        assert reasons == {"meets no activation when the model reads text, so that none is observed"}
+        assert report.layers
+
+    def test_tensors_that_are_split_on_the_way_have_scales_by_row_or_none(self, tiny_source):
+        """One scale of the whole is no scale of its parts."""
+        reasons = left(plan(tiny_source("hrm_text"), "fp8:scheme=static"))
+        assert all("only scales by row" in reasons[name] for name in ATTENTION)

@@ -175,7 +175,7 @@ class TestForcedRouting:
         parameters = {name: (value, axis) for name, value in experts_of(model).items()}
         with ForcedRouting(4, chosen) as routing:
             found, _ = watched(lambda: model(**inputs(model)), parameters)
-        assert routing.forced
+        assert routing.taken
         assert {expert for _, expert in found} == expected
         assert {len(rows) for rows in found.values()} == {32}
 
@@ -206,7 +206,7 @@ class TestForcedRouting:
             expected = model(**inputs(model)).logits
             with ForcedRouting(4, [2]) as routing:
                 found = model(**inputs(model)).logits
-        assert not routing.forced
+        assert not routing.taken
         assert torch.equal(found, expected)
 
     def test_other_choices_are_left_alone(self):
@@ -215,8 +215,8 @@ class TestForcedRouting:
         with ForcedRouting(4, [0]) as routing:
             assert torch.equal(scores.topk(4).indices, scores.argsort(-1, descending=True))
             assert torch.equal(scores[:, :3].topk(1).indices[:, 0], scores[:, :3].argmax(-1))
-            assert not routing.forced
+            assert not routing.taken
             values, indices = scores.topk(2)
-        assert routing.forced
+        assert routing.taken
         assert indices.tolist() == [[0, 1]] * 5
         assert torch.equal(values, scores[:, :2])
