@@ -142,6 +142,9 @@ class Reasons:
             return use.reason or f"is a {use.role}"
         if candidate.name in self.elsewhere:
             return "has a weight that other code reads without calling the layer"
+        what = self.findings.otherwise(candidate.parameter)
+        if what is not None:
+            return f"has a weight that isn't only a linear layer's: {what}"
         inside = candidate.name.startswith(f"{self.findings.blocks}.")
         seen = inside or candidate.name in self.findings.ran or candidate.name == self.head
         return None if seen or self.findings.ended is not None else "does not run when the model reads text"

@@ -58,9 +58,17 @@ class Findings:
 
     def unused(self, parameter: str) -> bool:
         """Whether a block was traced, and this parameter of it (by its full name) met no activation."""
+        return self._other(parameter) == UNUSED
+
+    def otherwise(self, parameter: str) -> str | None:
+        """What a traced block does with this parameter (by its full name) beside a linear layer's product, or None."""
+        what = self._other(parameter)
+        return None if what == UNUSED else what
+
+    def _other(self, parameter: str) -> str | None:
         number, _, path = parameter.removeprefix(f"{self.blocks}.").partition(".")
         structure = self.structures.get(int(number)) if number.isdigit() else None
-        return structure is not None and structure.others.get(path) == UNUSED
+        return None if structure is None else structure.others.get(path)
 
     @property
     def idle(self) -> list[int]:

@@ -120,7 +120,7 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
         tuple(key for key, origin in names.origins.items() if origin.parameter is None),
         _renamed(source, names.origins),
         patterns,
-        _notes(findings, chosen, [each for each in candidates if each.name not in left]),
+        _notes(findings, judge.ended, chosen, [each for each in candidates if each.name not in left]),
         output,
         chosen,
         findings,
@@ -147,9 +147,13 @@ def _ignored(
     return tuple(dict.fromkeys(found))
 
 
-def _notes(findings: Findings, layout: ModuleType | None, quantized: Sequence[Candidate]) -> tuple[str, ...]:
-    """What a reader should know of how the data flow was seen."""
+def _notes(
+    findings: Findings, ended: str | None, layout: ModuleType | None, quantized: Sequence[Candidate]
+) -> tuple[str, ...]:
+    """What a reader should know of how the data flow was seen; `ended` says why the pass without data ended early."""
     notes = []
+    if ended is not None and (findings.ended is not None or findings.untraced.keys() - set(findings.idle)):
+        notes.append(f"the pass without data, which stands in where no block is traced, ended early: {ended}")
     if findings.ended is not None:
         notes.append(
             f"the data flow was seen only in part, as the pass over random weights ended early: {findings.ended}"
