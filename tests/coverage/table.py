@@ -28,7 +28,7 @@ pipeline by four recipes: quantized (calibrated on text where the recipe observe
 quantkit.
 
 ```
-python tests/coverage/run.py RESULTS.jsonl            # about 10 minutes on two cores
+python tests/coverage/run.py RESULTS.jsonl            # some five minutes on two cores
 python tests/coverage/table.py RESULTS.jsonl > docs/architectures.md
 ```
 
