@@ -23,14 +23,15 @@ from quantkit.compression import Worked, compress_stage
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.exploration import outermost_lists, without_cache
+from quantkit.journal import Journal
 from quantkit.memory import give_back_memory
 from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe
-from quantkit.shards import ShardWriter
-from quantkit.smoothing import Inputs, Proof, Smoother
+from quantkit.smoothing import Inputs, Proof, Smoother, fold_in
 from quantkit.streaming import LazyModel, StoredWeights
+from quantkit.targets import tensor_specs
 from quantkit.watching import ForcedRouting, Watch
 
 BATCH_TOKENS = 2048
@@ -39,23 +40,29 @@ BATCH_TOKENS = 2048
 FEW_TOKENS = 32
 """An expert that fewer calibration tokens were sent to is shown all tokens of the first batch."""
 
+FOLD, SCALE = "fold.", "input_scale."
+"""What the names of tensors begin with that are kept beside a finished block."""
+
+Kept = dict[str, dict[str, torch.Tensor]]
+"""The tensors that are written for a linear layer, by its name and theirs."""
+
 
 def compress_calibrated(
     plan: Plan,
     recipe: Recipe,
     source: Source,
-    writer: ShardWriter,
+    journal: Journal,
     device: torch.device,
     windows: torch.Tensor,
     track: Callable[[int], None],
-) -> Outcome:
-    """Calibrate, compress and write all blocks.
+) -> None:
+    """Calibrate, compress and write all blocks, and record each; what is recorded already is made again from that.
 
     Args:
         plan: what happens to which tensor.
         recipe: its transforms are carried out in their order.
         source: the model.
-        writer: takes the tensors.
+        journal: takes the tensors, and says what is finished already.
         device: where weights are quantized, and the blocks run.
         windows: [W, T] token ids.
         track: called with a block's number when it is done.
@@ -64,7 +71,7 @@ def compress_calibrated(
         CheckpointError: the model doesn't run block by block.
     """
     forget_embeddings: Callable[[], None]
-    work = _Work(plan, recipe, source, writer, device)
+    work = _Work(plan, recipe, source, journal, device)
     size = max(1, BATCH_TOKENS // windows.shape[1])
     # The first window is a batch by itself: folds are proven on it, one run of the block for each.
     parts = [windows[:1], *torch.split(windows[1:], size)] if len(windows) > 1 else [windows]
@@ -93,14 +100,14 @@ def compress_calibrated(
             run_blocks(work.model, blocks, batches, visit, order=order)
         except OrderError as error:
             raise CheckpointError(f"{source.name} cannot be calibrated block by block: {error}") from error
-    return work.done
 
 
 class _Work:
     """The state of one calibrated compression: a lazy model, and what has been found."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, source: Source, writer: ShardWriter, device: torch.device) -> None:
-        self.plan, self.recipe, self.source, self.writer, self.device = plan, recipe, source, writer, device
+    def __init__(self, plan: Plan, recipe: Recipe, source: Source, journal: Journal, device: torch.device) -> None:
+        self.plan, self.recipe, self.source, self.device = plan, recipe, source, device
+        self.journal, self.writer = journal, journal.writer
         self.scheme = recipe.scheme
         self.model = empty_copy(source.skeleton, buffers=True).float()
         use_plain_implementations(self.model, attention=False)
@@ -122,10 +129,14 @@ class _Work:
 
     def unobserved(self, index: int) -> None:
         """Compress and write a block that no text reaches, as its weights are."""
-        stage = self.stages.get(self.name(index))
+        name = self.name(index)
+        if self.journal.finished(name) is not None:
+            return
+        stage, self.done = self.stages.get(name), Outcome()
         if stage is not None:
             self.done.layers += compress_stage(stage, self.plan, self.source, self.writer, self.device)
-        self.done.notes.append(f"{self.name(index)} does not run when the model reads text, and is not calibrated")
+        self.done.notes.append(f"{name} does not run when the model reads text, and is not calibrated")
+        self.journal.commit(name, self.done)
 
     def block(self, index: int, calls: Calls) -> nn.Module:
         """Calibrate, compress and write one block; it is left with its quantized layers."""
@@ -136,19 +147,53 @@ class _Work:
         self.lazy.fill(name, block)
         layers = [layer for layer in self.plan.quantized if layer.parameter.startswith(f"{name}.")]
         axes = {layer.parameter.removeprefix(f"{name}."): layer.in_axis for layer in layers}
-        worked = Worked()
-        for step in self.recipe.transforms:
-            alpha = None if step.parameters["alpha"] == "auto" else float(step.parameters["alpha"])
-            self._smooth(index, block, calls, axes, alpha, worked)
-        if self.scheme is not None and self.scheme.is_static and axes:
-            worked.input_scales = self._scales = self._static_scales(name, block, calls, axes)
-        kept: dict[str, dict[str, torch.Tensor]] = {}
-        stage = self.stages.get(name)
-        if stage is not None:
-            self.done.layers += compress_stage(stage, self.plan, self.source, self.writer, self.device, worked, kept)
+        made = self._calibrate if self.journal.finished(name) is None else self._replay
+        kept = made(index, block, calls, axes)
         if not (calls.last and not self.looped):
             self._undo[index] = self._quantize(layers, kept)
         return block
+
+    def _calibrate(self, index: int, block: nn.Module, calls: Calls, axes: dict[str, int]) -> Kept:
+        """Observe, smooth, compress and write a block, and record it; the tensors written for its layers."""
+        name, worked = self.name(index), Worked()
+        state: dict[str, torch.Tensor] = {}
+        self.done = Outcome()
+        for number, step in enumerate(self.recipe.transforms):
+            alpha = None if step.parameters["alpha"] == "auto" else float(step.parameters["alpha"])
+            folded = self._smooth(index, block, calls, axes, alpha, worked)
+            state |= {f"{FOLD}{number}.{position}": scale for position, scale in folded.items()}
+        if self.scheme is not None and self.scheme.is_static and axes:
+            worked.input_scales = self._scales = self._static_scales(name, block, calls, axes)
+            state |= {SCALE + path: scale for path, scale in self._scales.items()}
+        kept: Kept = {}
+        stage = self.stages.get(name)
+        if stage is not None:
+            self.done.layers += compress_stage(stage, self.plan, self.source, self.writer, self.device, worked, kept)
+        self.journal.commit(name, self.done, state)
+        return kept
+
+    def _replay(self, index: int, block: nn.Module, calls: Calls, axes: dict[str, int]) -> Kept:
+        """Make a block again that a run which was stopped had finished: as `_calibrate` leaves it, nothing observed."""
+        name, structure = self.name(index), self.plan.findings.structures.get(index)
+        state = self.journal.state(name)
+        for number in range(len(self.recipe.transforms)):
+            changed: set[str] = set()
+            for position, group in enumerate(structure.groups if structure is not None else ()):
+                scale = state.get(f"{FOLD}{number}.{position}")
+                if scale is not None:
+                    changed |= set(fold_in(block, group, scale.to(self.device)))
+            self._settle(name, block, changed, axes)
+        self._scales = {key.removeprefix(SCALE): value for key, value in state.items() if key.startswith(SCALE)}
+        stage, layout = self.stages.get(name), self.plan.layout
+        found = [self.plan.targets[key] for key in (stage.keys if stage else ()) if key in self.plan.targets]
+        return {
+            target.module: {
+                full.removeprefix(target.prefix): self.writer.read(full).to(self.device)
+                for full in tensor_specs(target, layout)
+            }
+            for target in found
+            if target.whole and not target.of_experts and layout is not None
+        }
 
     def _release(self, index: int) -> None:
         """Give a block its float layers back, without weights."""
@@ -165,14 +210,14 @@ class _Work:
         axes: dict[str, int],
         alpha: float | None,
         worked: Worked,
-    ) -> None:
-        """Fold the block's smoothing groups, each proven on the first batch."""
+    ) -> dict[int, torch.Tensor]:
+        """Fold the block's smoothing groups, each proven on the first batch; the scales of those that are folded."""
         name = self.name(index)
         structure = self.plan.findings.structures.get(index)
         if structure is None:
             why = self.plan.findings.untraced.get(index, "it did not run")
             self.done.notes.append(f"{name} is not smoothed: its data flow could not be traced ({why})")
-            return
+            return {}
         for refusal in structure.refusals:
             report = GroupReport(name, refusal.parameter, refusal.kind, (), "refused", reason=refusal.reason)
             self.done.groups.append(report)
@@ -181,18 +226,26 @@ class _Work:
         consumers = {edit.parameter: edit.axis for group in structure.groups for edit in group.consumers}
         fed = {path: axis for path, axis in consumers.items() if path in axes or not self.plan.targets}
         if not fed:
-            return
+            return {}
         self._observe(name, block, calls, fed, inputs)
         proof = Proof(lambda: _output(block, calls), [p for _, p in block.named_parameters()])
         dtypes = self._dtypes(name, block)
         smoother = Smoother(name, block, alpha, self.scheme, fed, dtypes, proof)
         self.done.groups += [smoother.fold(group, inputs) for group in structure.groups]
+        for path in self._settle(name, block, smoother.changed, axes):
+            worked.changed[path] = self.model.get_parameter(path).detach()
+        places = {id(group): position for position, group in enumerate(structure.groups)}
+        return {places[id(group)]: scale for group, scale in smoother.folded}
+
+    def _settle(self, name: str, block: nn.Module, changed: Collection[str], axes: Collection[str]) -> list[str]:
+        """The names of all parameters that are written anew; those that stay in float become what is written."""
         quantized = {f"{name}.{path}" for path in axes}
-        for path in self._with_partners(name, smoother.changed):
+        paths = self._with_partners(name, changed)
+        for path in paths:
             if path not in quantized:  # it is written in the dtype that it had: so it is what runs on
                 dtype = self.source.weights.tensors[self._sources[path][0]].dtype
                 self.lazy.fill(name, block, {path: self.model.get_parameter(path).detach().to(dtype)})
-            worked.changed[path] = self.model.get_parameter(path).detach()
+        return paths
 
     def _with_partners(self, name: str, changed: Collection[str]) -> list[str]:
         """The full names of changed parameters, and of those that lie in one tensor with them on disk."""
@@ -282,9 +335,7 @@ class _Work:
         found = {path: each.range(kind, QMAX[dtype], encode) / QMAX[dtype] for path, each in ranges.items()}
         return {f"{name}.{path}": torch.tensor([value if value > 0 else 1.0]) for path, value in found.items()}
 
-    def _quantize(
-        self, layers: Sequence[Candidate], kept: dict[str, dict[str, torch.Tensor]]
-    ) -> list[Callable[[], None]]:
+    def _quantize(self, layers: Sequence[Candidate], kept: Kept) -> list[Callable[[], None]]:
         """Put quantized layers into the block; what takes them out again."""
         undo: list[Callable[[], None]] = []
         assert self.scheme is not None or not layers

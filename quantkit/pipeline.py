@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from quantkit.compression import compress_stage
 from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
 from quantkit.errors import DataError, QuantkitError, RecipeError
+from quantkit.identity import identity
+from quantkit.journal import Journal
 from quantkit.memory import peak_memory_bytes
 from quantkit.naming import float_layout
 from quantkit.outcome import Outcome
@@ -38,6 +41,7 @@ from quantkit.report import Report, model_card, write_report
 from quantkit.shards import ShardReader, ShardWriter, write_error, write_json, write_text
 from quantkit.texts import read, tokenize
 from quantkit.verification import verify
+from quantkit.version import __version__
 
 RECIPE_FILE = "quantkit_recipe.json"
 
@@ -70,6 +74,7 @@ def quantize(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     dequantize: bool = False,
+    restart: bool = False,
     progress: bool = True,
 ) -> Report:
     """Compress a model, write the checkpoint to `output`, read it back, and return the report.
@@ -96,6 +101,7 @@ def quantize(
         cache_dir: the hub's cache.
         trust_remote_code: let the model's folder run its own Python code.
         dequantize: take a source that is compressed already, turned into float tensor by tensor first.
+        restart: begin anew, whatever a run that was stopped has finished already.
         progress: show progress on stderr.
 
     Raises:
@@ -126,16 +132,20 @@ def quantize(
     evaluation = None
     if eval_dataset is not None:
         evaluation = prepare_evaluation(source, model, made, eval_dataset, seq_len, data_dir, hub, device, progress)
-    with partial_folder(target) as folder:
+    known = fingerprint(source, made, plan, limit, place)
+    with partial_folder(target, known, restart=restart) as folder:
         writer = ShardWriter(folder, limit)
-        done = compress(plan, made, source, writer, place, windows, progress)
+        journal = Journal(folder, writer, every=windows is not None)
+        done = compress(plan, made, source, journal, place, windows, progress)
         writer.finish()
         write_json(folder / "config.json", finished_config(source, plan))
         copy_files(source, folder)
         write_text(folder / RECIPE_FILE, made.to_json())
         verified = verify(folder, plan, writer.checksums, progress=progress)
         report = Report.of(source, made, plan, done, writer.nbytes, verified)
-        report.seconds, report.peak_memory_bytes = time.monotonic() - started, peak_memory_bytes()
+        report.seconds = journal.seconds + time.monotonic() - started
+        peak = peak_memory_bytes()
+        report.peak_memory_bytes = None if peak is None else max(peak, journal.peak_memory_bytes)
         write_text(folder / "README.md", model_card(report, source))
         write_report(folder, report)
     if evaluation is not None:
@@ -267,24 +277,39 @@ def compress(
     plan: Plan,
     recipe: Recipe,
     source: Source,
-    writer: ShardWriter,
+    journal: Journal,
     device: torch.device,
     windows: torch.Tensor | None,
     progress: bool,
 ) -> Outcome:
-    """Write every stage; with windows the blocks are calibrated on them."""
-    done = Outcome()
+    """Write every stage that isn't written yet; with windows the blocks are calibrated on them."""
     first = [stage for stage in plan.stages if windows is None or not stage.is_block]
     with Steps("quantizing", len(plan.stages), "block", disable=not progress) as steps:
         for stage in first:
-            done.layers += compress_stage(stage, plan, source, writer, device)
+            if journal.finished(stage.name) is None:
+                layers = compress_stage(stage, plan, source, journal.writer, device)
+                journal.commit(stage.name, Outcome(layers))
             steps.advance()
-        if windows is not None:
+        blocks = [f"{plan.findings.blocks}.{number}" for number in range(plan.findings.count)]
+        if windows is not None and any(journal.finished(name) is None for name in blocks):
             with position_errors(source.name, windows.shape[1]):
-                blocks = compress_calibrated(plan, recipe, source, writer, device, windows, lambda _: steps.advance())
-            done.layers += blocks.layers
-            done.groups, done.notes = blocks.groups, blocks.notes
-    return done
+                compress_calibrated(plan, recipe, source, journal, device, windows, lambda _: steps.advance())
+    journal.complete()
+    return journal.outcome()
+
+
+def fingerprint(source: Source, recipe: Recipe, plan: Plan, limit: int, device: torch.device) -> dict[str, Any]:
+    """What a run is known by: when it was stopped, only the same run may go on."""
+    return {
+        "version of quantkit": __version__,
+        "recipe": recipe.to_dict(),
+        "model": identity(source),
+        "format": "float" if plan.layout is None else plan.layout.NAME,
+        "max_shard_size": limit,
+        "device": device.type,
+        "version of torch": torch.__version__,
+        "version of transformers": version("transformers"),
+    }
 
 
 def parse_size(size: str | int) -> int:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,7 @@ class ShardReader:
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor of that name, read from disk (the file is closed again, so that its pages can go)."""
-        path = self.tensors[name].path
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"tensor {name!r} of shard {path} cannot be read: {error}; fetch it again") from error
+        return read_tensor(self.tensors[name].path, name)
 
     @property
     def nbytes(self) -> int:
@@ -161,32 +155,52 @@ def checksum(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-class ShardWriter:
-    """Writes shards as they come, each safe on disk before the next, and an index at the end.
+@dataclass(frozen=True)
+class Part:
+    """A file of tensors that a run has written: its name, and the names and bytes of what it holds."""
 
-    A shard is written under a temporary name, synced and renamed, with the mode that the umask gives any file. `finish`
-    gives the shards their final names; a single one becomes `model.safetensors`. The files carry no times: the same
-    tensors give the same bytes.
+    file: str
+    tensors: tuple[str, ...]
+    nbytes: int
+
+
+class ShardWriter:
+    """Writes tensors as they come, in parts that are each safe on disk before the next, and makes shards of them.
+
+    A part is written under a temporary name, synced and renamed, with the mode that the umask gives any file. `finish`
+    makes the final shards: parts become shards by a rename, and small neighbours are put together; a single shard
+    becomes `model.safetensors`. It can be stopped anywhere and called again. The files carry no times, and which tensor
+    lies where depends on the parts alone: the same tensors give the same bytes.
 
     Attributes:
         checksums: name of every tensor written to the hash of its bytes.
+        parts: what is written, in order.
     """
 
     def __init__(self, folder: Path, max_shard_bytes: int) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
         self.checksums: dict[str, str] = {}
-        self.nbytes = 0
-        self._shards: list[tuple[Path, list[str]]] = []
+        self.parts: list[Part] = []
         self._waiting: dict[str, torch.Tensor] = {}
         self._waiting_bytes = 0
         self._storages: set[int] = set()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors written."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits to be written."""
+        return not self._waiting
+
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take these tensors; write a shard whenever the next one would be larger than the limit."""
+        """Take these tensors; write a part whenever the next one would be larger than the limit."""
         for name, tensor in tensors.items():
             if self._waiting and self._waiting_bytes + tensor.nbytes > self.max_shard_bytes:
-                self._write_waiting()
+                self.write()
             kept = tensor.detach().cpu().contiguous()
             storage = kept.untyped_storage().data_ptr()
             # safetensors refuses tensors that share memory.
@@ -196,44 +210,104 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Write what waits, if it is worth a file; a small model becomes one shard that way."""
-        if self._waiting_bytes >= min(SMALLEST_SHARD, self.max_shard_bytes):
-            self._write_waiting()
+        if self._waiting_bytes >= self._smallest:
+            self.write()
 
-    def _write_waiting(self) -> None:
+    @property
+    def _smallest(self) -> int:
+        """The fewest bytes that are worth a file."""
+        return min(SMALLEST_SHARD, self.max_shard_bytes)
+
+    def write(self) -> None:
+        """Write what waits."""
+        if not self._waiting:
+            return
         waiting, self._waiting, self._waiting_bytes, self._storages = self._waiting, {}, 0, set()
-        self._write_one(waiting)
+        part = Part(f"part-{len(self.parts):05d}.safetensors", tuple(waiting), sum(t.nbytes for t in waiting.values()))
+        write_tensors(self.folder / part.file, waiting)
+        self.checksums |= {name: checksum(tensor) for name, tensor in waiting.items()}
+        self.parts.append(part)
 
-    def _write_one(self, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        try:
-            temporary.touch()
-            mode = stat.S_IMODE(temporary.stat().st_mode)
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            # safetensors 0.8 puts a file in its place that only its owner may read.
-            temporary.chmod(mode)
-        except (SafetensorError, OSError) as error:
-            raise write_error(error, path) from error
-        sync(temporary)
-        temporary.replace(path)
-        for name, tensor in tensors.items():
-            self.checksums[name] = checksum(tensor)
-            self.nbytes += tensor.nbytes
-        self._shards.append((path, list(tensors)))
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that was written, from the part that holds it."""
+        part = next(part for part in self.parts if name in part.tensors)
+        return read_tensor(self.folder / part.file, name)
 
     def finish(self) -> None:
-        """Write the rest, give the shards their final names and write the index (none for a single shard)."""
-        if self._waiting:
-            self._write_waiting()
-        count = len(self._shards)
+        """Write the rest, make the final shards and their index (none for a single shard).
+
+        A shard that is there already was made of its parts by a run that was stopped.
+        """
+        self.write()
+        groups = list(grouped(self.parts, self._smallest, self.max_shard_bytes))
         weight_map: dict[str, str] = {}
-        for number, (path, names) in enumerate(self._shards, start=1):
-            final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            path.rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
+        for number, group in enumerate(groups, start=1):
+            final = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            self._make_shard(self.folder / final, group)
+            weight_map |= {name: final for part in group for name in part.tensors}
+        if len(groups) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self.folder / INDEX, index)
+
+    def _make_shard(self, final: Path, group: Sequence[Part]) -> None:
+        paths = [self.folder / part.file for part in group]
+        if not final.exists() and len(paths) == 1:
+            paths[0].replace(final)
+        elif not final.exists():
+            found = {
+                name: read_tensor(path, name) for path, part in zip(paths, group, strict=True) for name in part.tensors
+            }
+            write_tensors(final, found)
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def grouped(parts: Sequence[Part], smallest: int, largest: int) -> Iterator[list[Part]]:
+    """The parts of each shard: one, or small neighbours together until they are worth a file."""
+    group: list[Part] = []
+    size = 0
+    for part in parts:
+        if group and (part.nbytes >= smallest or size + part.nbytes > largest):
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += part.nbytes
+        if size >= smallest:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file that is whole and durable when it appears, or raise CheckpointError."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        # safetensors 0.8 puts a file in its place that only its owner may read.
+        temporary.chmod(mode)
+    except (SafetensorError, OSError) as error:
+        raise write_error(error, path) from error
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, or CheckpointError."""
+    return {name: read_tensor(path, name) for name in _header(path)}
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file (which is closed again, so that its pages can go), or CheckpointError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"tensor {name!r} of shard {path} cannot be read: {error}; fetch it again") from error
 
 
 def write_error(error: Exception, path: Path) -> CheckpointError:

@@ -109,6 +109,7 @@ class Smoother:
         self.scheme = scheme or Scheme("int8", activation_dtype="int8")
         self.quantized, self.dtypes, self.prove = frozenset(quantized), dtypes, prove
         self.changed: set[str] = set()
+        self.folded: list[tuple[Group, torch.Tensor]] = []
 
     def fold(self, group: Group, inputs: Inputs) -> GroupReport:
         """Fold one group, or say why not."""
@@ -128,20 +129,14 @@ class Smoother:
         if alpha is None:
             return report("kept", "the search found no scale that helps")
         scale = self._representable(group, scale)
-        names = sorted({edit.parameter for edit in (*group.producers, *group.consumers)})
-        before = {name: self.block.get_parameter(name).detach() for name in names}
-        self._put(apply_group(before, group, scale))
+        before = fold_in(self.block, group, scale)
         error = self.prove()
         if not error <= 1.0:
-            self._put(before)
+            _put(self.block, before)
             return report("undone", "the float block's output changed by more than rounding", alpha, error)
-        self.changed |= set(names)
+        self.changed |= set(before)
+        self.folded.append((group, scale))
         return report("folded", "", alpha, error)
-
-    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
-        for path, value in values.items():
-            owner, _, leaf = path.rpartition(".")
-            self.block.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     @staticmethod
     def _activations(group: Group, active: Sequence[Edit], inputs: Inputs) -> torch.Tensor | None:
@@ -212,6 +207,26 @@ class Smoother:
             found[index[chosen]] = exact[chosen]
             return found
         return scale
+
+
+def fold_in(block: nn.Module, group: Group, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parameters of a group as they were, by their names inside the block, which from now on has it folded.
+
+    Args:
+        block: with float32 weights.
+        group: what is folded.
+        scale: its factors [channels].
+    """
+    names = sorted({edit.parameter for edit in (*group.producers, *group.consumers)})
+    before = {name: block.get_parameter(name).detach() for name in names}
+    _put(block, apply_group(before, group, scale))
+    return before
+
+
+def _put(block: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    for path, value in values.items():
+        owner, _, leaf = path.rpartition(".")
+        block.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def smoothing_scale(activations: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """The command line: one command a file. Nothing here imports torch; the commands do, inside their functions."""
 
 import logging
+import signal
 import sys
-from typing import Any
+import threading
+from typing import Any, NoReturn
 
 import click
 from quantkit_kernels.errors import KernelError
@@ -12,11 +14,19 @@ from quantkit.cli.options import CONTEXT
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what Ctrl-C does is done, and the exit code is another."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 class Commands(click.Group):
-    """A group that turns a user's mistake into one sentence and exit 1, and Ctrl-C into exit 130."""
+    """A group that turns a user's mistake into one sentence and exit 1, and Ctrl-C into exit 130 (SIGTERM: 143)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order of use."""
@@ -25,13 +35,21 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         logging.basicConfig(stream=sys.stderr, format="quantkit: %(message)s", level=logging.WARNING)
+        in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
+        before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
         try:
             return super().invoke(ctx)
         except (QuantkitError, KernelError) as error:
             raise click.ClickException(" ".join(str(error).split())) from error
+        except Terminated:
+            click.echo("quantkit: terminated", err=True)
+            ctx.exit(TERMINATED)
         except KeyboardInterrupt:
             click.echo("quantkit: interrupted", err=True)
             ctx.exit(INTERRUPTED)
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)

@@ -26,6 +26,7 @@ from quantkit.cli.options import (
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file to write.")
 @data_dir_option
 @device_option
+@click.option("--restart", is_flag=True, help="Begin anew, whatever a run that was stopped has finished.")
 @click.option("--eval-dataset", metavar="SPEC", help="Evaluate the result against the float model on this data set.")
 @hub_options
 @json_option
@@ -33,7 +34,8 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     """Compress MODEL and write it to OUT.
 
     MODEL is a folder or a hub id. The work goes block by block, never the whole model in memory; what was written is
-    read back from disk and verified, and OUT appears only when all of it is right. PATTERN matches module names: a
+    read back from disk and verified, and OUT appears only when all of it is right. A run that was stopped, however it
+    was, goes on by the same command from the last finished block. PATTERN matches module names: a
     glob on the whole name, or a regex after re:. The layer that makes the logits stays float unless included.
 
     \b

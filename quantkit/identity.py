@@ -1,0 +1,37 @@
+"""What tells one model from another: the fingerprint that a run which was stopped is taken up by."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import Source
+from quantkit.shards import checksum
+
+HEADER_LIMIT = 100_000_000
+"""safetensors refuses longer headers."""
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What a source is known by: its config's hash, and every safetensors file's name, size, time and header's hash.
+
+    A model in memory is known by the hashes of its tensors.
+    """
+    config = hashlib.blake2b(json.dumps(source.config, sort_keys=True).encode(), digest_size=16).hexdigest()
+    if source.folder is None:
+        weights = {name: checksum(source.weights.get(name)) for name in source.weights.tensors}
+        return {"config": config, "tensors": _digest(weights)}
+    files = {path.name: _file(path) for path in sorted(source.folder.glob("*.safetensors"))}
+    return {"config": config, "files": files}
+
+
+def _file(path: Path) -> list[Any]:
+    status = path.stat()
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, HEADER_LIMIT, status.st_size))
+    return [status.st_size, status.st_mtime_ns, hashlib.blake2b(header, digest_size=16).hexdigest()]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
