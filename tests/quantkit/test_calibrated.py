@@ -316,17 +316,18 @@ class TestMemory:
             lazy_put(self, name, value)
             follow(name, dict(self.model.named_parameters(remove_duplicate=False)).get(name, torch.empty(0)))
 
-        def fold(self, values):
-            smoother_put(self, values)
-            for name in values:
-                follow(f"{self.name}.{name}", self.block.get_parameter(name))
+        def fold(self, group, inputs):
+            report = smoother_fold(self, group, inputs)
+            for edit in (*group.producers, *group.consumers):
+                follow(f"{self.name}.{edit.parameter}", self.block.get_parameter(edit.parameter))
+            return report
 
         def after(model, block, calls):
             done.append({name for name, storage in alive if not storage.expired()} if not calls.last else set())
 
-        lazy_put, smoother_put = calibrated.LazyModel._put, Smoother._put
+        lazy_put, smoother_fold = calibrated.LazyModel._put, Smoother.fold
         monkeypatch.setattr(calibrated.LazyModel, "_put", put)
-        monkeypatch.setattr(Smoother, "_put", fold)
+        monkeypatch.setattr(Smoother, "fold", fold)
         made = run(tiny_folder(model_type), *BOTH, after=after)
         assert max(map(len, together)) == 1
         assert {number for numbers in together for number in numbers} == {"0", "1"}

@@ -24,14 +24,17 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def refused(mistake, tmp_path):
-    """Runs `quantkit quantize MODEL -o OUT -m w8a8 ...`, which must fail and leave neither OUT nor OUT.partial."""
+    """Runs `quantkit quantize MODEL -o OUT -m w8a8 ...`, which must fail and leave no OUT.
 
-    def run(model, *words, says, output=None, steps=("-m", "w8a8")):
+    Nor OUT.partial, unless it is to be kept because something in it is finished.
+    """
+
+    def run(model, *words, says, output=None, steps=("-m", "w8a8"), kept=False):
         target = tmp_path / "out" if output is None else Path(output)
         sentence = mistake("quantize", model, "-o", target, *steps, *words, says=says)
         if output is None:
             assert not target.exists()
-        assert not target.with_name(target.name + ".partial").exists()
+        assert target.with_name(target.name + ".partial").exists() == kept
         return sentence
 
     return run
@@ -116,7 +119,7 @@ def test_an_output_that_appears_meanwhile(refused, model_folder, tmp_path, monke
         finish(self)
 
     monkeypatch.setattr(shards.ShardWriter, "finish", other)
-    refused(model_folder(), output=tmp_path / "late", says=("late", "-o OUT"))
+    refused(model_folder(), output=tmp_path / "late", says=("late", "-o OUT"), kept=True)
     assert [path.name for path in (tmp_path / "late").iterdir()] == ["precious"]
 
 
@@ -124,22 +127,22 @@ def test_our_own_leftover_is_replaced_and_said(cli, model_folder, tmp_path, capl
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / MARKER).touch()
-    (partial / "shard-00000.safetensors").write_text("half")
+    (partial / "part-00000.safetensors").write_text("half")
     result = cli("quantize", model_folder(), "-o", tmp_path / "out", "-m", "w8a8")
     assert result.exit_code == 0, result.stderr
     assert "left from a run that was stopped; starting anew" in caplog.text
     assert str(partial) in caplog.text
     assert not partial.exists()
-    assert not (tmp_path / "out" / "shard-00000.safetensors").exists()
+    assert not (tmp_path / "out" / "part-00000.safetensors").exists()
 
 
 def test_a_run_beside_another_is_refused(mistake, model_folder, tmp_path):
     partial = tmp_path / "out.partial"
     partial.mkdir()
     with FileLock(str(partial / MARKER)):
-        (partial / "shard-00000.safetensors").write_text("half")
+        (partial / "part-00000.safetensors").write_text("half")
         mistake("quantize", model_folder(), "-o", tmp_path / "out", "-m", "w8a8", says=("another run", "-o OUT"))
-        assert (partial / "shard-00000.safetensors").read_text() == "half"
+        assert (partial / "part-00000.safetensors").read_text() == "half"
     assert not (tmp_path / "out").exists()
 
 
@@ -387,7 +390,7 @@ def test_a_disk_that_fills_up_while_text_is_written(refused, model_folder, monke
         return write(self, *words, **named)
 
     monkeypatch.setattr(Path, "write_text", fail)
-    refused(model_folder(), says=("no space is left", "-o OUT"))
+    refused(model_folder(), says=("no space is left", "-o OUT"), kept=True)
 
 
 def test_a_disk_that_fills_up_while_files_are_copied(refused, model_folder, monkeypatch):
@@ -395,14 +398,14 @@ def test_a_disk_that_fills_up_while_files_are_copied(refused, model_folder, monk
         raise OSError(28, "No space left on device", str(target))
 
     monkeypatch.setattr(shutil, "copyfile", fail)
-    refused(model_folder(), says=("no space is left", "-o OUT"))
+    refused(model_folder(), says=("no space is left", "-o OUT"), kept=True)
 
 
 # Ctrl-C
 
 
 @pytest.mark.parametrize("place", ["compress_stage", "verify", "copy_files", "make_plan"])
-def test_ctrl_c_leaves_nothing_and_exits_130(cli, model_folder, tmp_path, monkeypatch, place):
+def test_ctrl_c_leaves_what_is_finished_and_exits_130(cli, model_folder, tmp_path, monkeypatch, place):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -411,18 +414,20 @@ def test_ctrl_c_leaves_nothing_and_exits_130(cli, model_folder, tmp_path, monkey
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not list(tmp_path.iterdir())
+    finished = place in ("verify", "copy_files")
+    assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if finished else [])
 
 
-def test_a_real_signal_leaves_nothing_and_exits_130(model_folder, tmp_path):
-    code = (
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_real_signal_before_anything_is_finished_leaves_nothing(model_folder, tmp_path, name, code):
+    program = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "from quantkit import pipeline\n"
         "stage = pipeline.compress_stage\n"
         "def then_interrupt(*words):\n"
         "    layers = stage(*words)\n"
-        "    if layers: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    if layers: os.kill(os.getpid(), signal.{name})\n"
         "    return layers\n"
         "pipeline.compress_stage = then_interrupt\n"
         "from quantkit.cli import main\n"
@@ -430,10 +435,10 @@ def test_a_real_signal_leaves_nothing_and_exits_130(model_folder, tmp_path):
     )
     words = ["quantize", str(model_folder()), "-o", str(tmp_path / "out"), "-m", "w8a8"]
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code, *words], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-P", "-c", program, *words], capture_output=True, text=True, check=False, timeout=120
     )
-    assert result.returncode == 128 + signal.SIGINT
-    assert "interrupted" in result.stderr
+    assert result.returncode == code
+    assert ("interrupted" if name == "SIGINT" else "terminated") in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 

@@ -325,7 +325,7 @@ def test_other_failures_name_the_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(shards, "save_file", fail)
-    with pytest.raises(CheckpointError, match=r"shard-00000.*Permission denied"):
+    with pytest.raises(CheckpointError, match=r"part-00000.*Permission denied"):
         write(tmp_path, MANY)
 
 
