@@ -6,7 +6,8 @@ the driver and waits. The driver gathers all batches at a block, lets `visit` wo
 goes on to the next. Only one thread runs at a time: the threads are there to be stopped in the middle, not for speed.
 
 In memory at once: what the batches' forward passes hold between two blocks, which is the inputs of one block (hidden
-states, masks, embeddings of positions), and the outputs of `visit`.
+states, masks, embeddings of positions), and the outputs of `visit`. With a `Spill` these wait on disk, and only one
+batch's are in memory.
 """
 
 import functools
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit_calibration.spilling import Parcel, Spill
 from quantkit_calibration.threads import UNSET, Batch, Called, Ended, Surroundings, current_batch, end
 
 
@@ -35,18 +37,35 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = UNSET
+    spill: Spill | None = None
+    parcel: Parcel | None = None
+
+    def away(self) -> None:
+        """Put the arguments on disk, where that is wanted."""
+        if self.spill is not None and self.parcel is None:
+            self.parcel = self.spill.put((self.args, self.kwargs))
+        elif self.spill is not None and self.parcel is not None:
+            self.spill.away(self.parcel)
+
+    def back(self) -> None:
+        """Have the arguments in memory."""
+        if self.spill is not None and self.parcel is not None:
+            self.spill.back(self.parcel)
 
     def drop(self) -> None:
         """Let go of everything, so that whoever keeps the call keeps nothing else."""
         self.args, self.kwargs, self.output = (), {}, UNSET
+        if self.spill is not None and self.parcel is not None:
+            self.spill.drop(self.parcel)
 
 
 @dataclass(frozen=True, eq=False)
 class Calls:
     """All batches' calls of one block, in the order of the batches; they are empty once the outputs are handed back.
 
-    `number` is how often these batches have called the block before: 0, but for models that loop or share weights.
-    `last` says that nothing runs after this visit, so that outputs are not needed.
+    Where arguments wait on disk, a call's are in memory while it is iterated over, or from when it is asked for by its
+    number. `number` is how often these batches have called the block before: 0, but for models that loop or share
+    weights. `last` says that nothing runs after this visit, so that outputs are not needed.
     """
 
     batches: tuple[Call, ...]
@@ -57,9 +76,17 @@ class Calls:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Call]:
-        return iter(self.batches)
+        return self.after(0)
+
+    def after(self, first: int) -> Iterator[Call]:
+        """The calls from that number on."""
+        for call in self.batches[first:]:
+            call.back()
+            yield call
+            call.away()
 
     def __getitem__(self, batch: int) -> Call:
+        self.batches[batch].back()
         return self.batches[batch]
 
 
@@ -74,6 +101,7 @@ def run_blocks(
     *,
     order: Sequence[int] | None = None,
     finish: Callable[[int, Any], None] | None = None,
+    spill: Spill | None = None,
 ) -> None:
     """Return nothing; `visit(i, calls)` is called for each block, in the order in which the model calls them.
 
@@ -94,6 +122,7 @@ def run_blocks(
             (`block_order` finds it); None: each block once, in whatever order. Nothing runs after the last call.
         finish: let the rest of the model (norm, output layer) run as well, one batch after another, and call
             `finish(batch, result)` with what the model returns.
+        spill: where the arguments of waiting calls are put; None keeps them in memory.
 
     Raises:
         OrderError: a batch calls another block than the one expected, ends before all are called or (seen only with
@@ -110,10 +139,10 @@ def run_blocks(
     interception = _Interception(blocks)
     try:
         interception.install()
-        called = [schedule.accept(j, batch.start()) for j, batch in enumerate(running)]
+        called = [_waiting(schedule.accept(j, batch.start()), spill) for j, batch in enumerate(running)]
         while True:
             last = schedule.is_last and finish is None
-            calls = Calls(tuple(Call(c.args, c.kwargs) for c in called), schedule.times, last)
+            calls = Calls(tuple(called), schedule.times, last)
             called.clear()
             with interception.away():
                 run = visit(schedule.index, calls)
@@ -124,7 +153,7 @@ def run_blocks(
                 break
             schedule.advance()
             for j, batch in enumerate(running):
-                called.append(schedule.accept(j, batch.advance(_output(calls, j, run))))
+                called.append(_waiting(schedule.accept(j, batch.advance(_output(calls, j, run))), spill))
             del calls, run  # nothing of this visit lives on but what was handed back
     finally:
         try:
@@ -159,6 +188,13 @@ def _check(blocks: Sequence[nn.Module], batches: Sequence[dict[str, Any]]) -> No
     for index, block in enumerate(blocks):
         if first.setdefault(id(block), index) != index:
             raise ValueError(f"block {index} is the same module as block {first[id(block)]}: give each module once")
+
+
+def _waiting(event: Called, spill: Spill | None) -> Call:
+    """A call as it waits for the others."""
+    call = Call(event.args, event.kwargs, spill=spill)
+    call.away()
+    return call
 
 
 def _output(calls: Calls, batch: int, run: Callable[..., Any] | None) -> Any:
