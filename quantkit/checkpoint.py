@@ -15,27 +15,14 @@ import torch
 from torch import nn
 
 from quantkit.errors import CheckpointError
+from quantkit.hub import Hub as Hub
+from quantkit.hub import download
 from quantkit.shards import PICKLES, ShardReader, TensorInfo
 
 WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.h5", "*.msgpack", "*.onnx", "*.gguf", *PICKLES)
 log = logging.getLogger("quantkit")
 
 NOT_COPIED = ("config.json", "README.md", "quantkit_*.json", ".*", *WEIGHT_FILES)
-
-
-@dataclass(frozen=True)
-class Hub:
-    """How to find a model on the hub, with huggingface_hub's words."""
-
-    revision: str | None = None
-    token: str | None = None
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def download(self) -> dict[str, Any]:
-        """The keyword arguments that huggingface_hub takes."""
-        return {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
 
 
 class Tensors(Protocol):
@@ -106,14 +93,8 @@ def resolve(model: str | Path, hub: Hub) -> Path:
         raise CheckpointError(
             f"{text} {kind}; give a folder with config.json and weights, or a hub id with its owner, like org/name"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        skip = [pattern for pattern in WEIGHT_FILES if pattern not in ("*.safetensors", "*.index.json")]
-        return Path(snapshot_download(text, ignore_patterns=[*skip, "*/*"], **hub.download))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{text} is no folder, and the hub does not give it: {reason}") from error
+    skip = [pattern for pattern in WEIGHT_FILES if pattern not in ("*.safetensors", "*.index.json")]
+    return download(text, hub, [*skip, "*/*"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

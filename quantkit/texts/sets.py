@@ -176,14 +176,23 @@ def read_hub(spec: str, parts: list[str], purpose: Purpose, token: str | None, c
     try:
         if split is None:
             splits = datasets.get_dataset_split_names(path, config, token=token)
-            split = _default_split(splits, purpose, spec, f"{path}:{config or 'default'}:SPLIT")
-            spec = f"{path}:{config or 'default'}:{split}"
+            split = _default_split(splits, purpose, spec, f"{path}:{config or 'CONFIG'}:SPLIT")
         dataset = datasets.load_dataset(path, config, split=split, token=token, cache_dir=cache_dir)
+        spec = f"{path}:{config or dataset.config_name or 'default'}:{split}"
     except DataError:
         raise
     except Exception as error:  # whatever datasets, the hub or the network raise
-        raise DataError(
-            f"{spec} can't be had from the hub ({first_line(error)}): check it against org/name[:config[:split]], or "
-            "give a file"
-        ) from error
+        raise DataError(f"{spec} can't be had from the hub ({first_line(error)}): {_remedy(error, path)}") from error
     return interpret(_dataset_rows(dataset, None, spec), None, spec)
+
+
+def _remedy(error: Exception, path: str) -> str:
+    """What to do about a data set of the hub that can't be had."""
+    said = str(error)
+    if "OfflineModeIsEnabled" in said:
+        return "unset HF_HUB_OFFLINE to fetch it once, or give a file"
+    if "Couldn't reach" in said:
+        return "check the network and HF_ENDPOINT, or give a file"
+    if "cannot be accessed" in said or "gated" in said:
+        return f"check its name, ask for access and give --token if {path} is private or gated, or give a file"
+    return "check it against org/name[:config[:split]], or give a file"
