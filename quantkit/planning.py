@@ -120,7 +120,7 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
         tuple(key for key, origin in names.origins.items() if origin.parameter is None),
         _renamed(source, names.origins),
         patterns,
-        _notes(findings, judge.ended, chosen, [each for each in candidates if each.name not in left]),
+        _notes(recipe, findings, judge.ended, chosen, [each for each in candidates if each.name not in left]),
         output,
         chosen,
         findings,
@@ -148,7 +148,7 @@ def _ignored(
 
 
 def _notes(
-    findings: Findings, ended: str | None, layout: ModuleType | None, quantized: Sequence[Candidate]
+    recipe: Recipe, findings: Findings, ended: str | None, layout: ModuleType | None, quantized: Sequence[Candidate]
 ) -> tuple[str, ...]:
     """What a reader should know of how the data flow was seen; `ended` says why the pass without data ended early."""
     notes = []
@@ -165,6 +165,8 @@ def _notes(
             "transformers with compressed-tensors passes Conv1D layers by and takes their codes for weights; load it "
             "with quantkit, or serve it with vLLM"
         )
+    if recipe.scheme is not None and recipe.scheme.outlier_columns is not None:
+        notes.append("the columns that stay in float are found in calibration: they come on top of the planned size")
     return tuple(notes)
 
 

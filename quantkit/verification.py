@@ -61,3 +61,8 @@ def _verify_layer(reader: ShardReader, target: Target, layout: ModuleType) -> No
             scale = reader.get(name).float()
             if not bool(((scale > 0) & torch.isfinite(scale)).all()):
                 raise CheckpointError(f"a scale of {target.module} is not a positive finite number")
+        if name.rpartition(".")[2] == "outlier_weight" and not bool(torch.isfinite(reader.get(name)).all()):
+            raise CheckpointError(
+                f"a column of {target.module} that stays in float is beyond the range of {spec.dtype}; take a gentler "
+                "smoothing, or leave outlier_weight=float out"
+            )
