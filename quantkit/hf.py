@@ -87,6 +87,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         layout, tensors = formats.FORMATS[self.format], read_headers(kwargs.get("checkpoint_files") or ())
         self.conversions = put_layers(model, layout, self.parsed, tensors, self.quantization_config.backend)
         self.stored_names = {f"{name}.{leaf}" for name, layer in quantized_layers(model) for leaf in layer.stored}
+        self.stored_names.update(name for name in tensors if name.rpartition(".")[2] in self.parsed.cache_scales)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
@@ -104,7 +105,8 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in quantized_layers(model):
             for leaf, spec in layer.stored.items():
                 buffer = layer.get_buffer(leaf)
-                right = buffer.dtype in FLOAT_DTYPES if leaf.endswith("scale") else buffer.dtype == spec.dtype
+                any_float = leaf.endswith(("scale", "outlier_weight"))
+                right = buffer.dtype in FLOAT_DTYPES if any_float else buffer.dtype == spec.dtype
                 if not right or tuple(buffer.shape) != spec.shape:
                     raise CheckpointError(
                         f"tensor '{name}.{leaf}' is {buffer.dtype} {list(buffer.shape)} where {spec.dtype} "
@@ -173,6 +175,7 @@ def put_layers(
             _put_experts(model, each, tensors, backend)
     if not count:
         raise CheckpointError("the checkpoint's quantization_config names no linear layer of this model")
+    _hold_cache_scales(model, parsed, tensors)
     return Conversions(tuple(merged), model)
 
 
@@ -211,6 +214,21 @@ def replace_linears(
         model.set_submodule(name, quantized)
         count += 1
     return count
+
+
+def _hold_cache_scales(model: nn.Module, parsed: formats.Layout, tensors: Mapping[str, TensorInfo]) -> None:
+    """Give modules the scales of a server's cache that a checkpoint holds for them, so that they are saved again."""
+    modules = dict(model.named_modules())
+    for key, info in tensors.items():
+        owner, _, leaf = key.rpartition(".")
+        if leaf in parsed.cache_scales:
+            if owner not in modules:
+                raise CheckpointError(
+                    f"tensor {key!r} scales the cache of a layer that this model doesn't have; the files and their "
+                    "config don't belong together: download both again"
+                )
+            empty = torch.empty(info.shape, dtype=info.dtype, device=next(model.parameters()).device)
+            modules[owner].register_buffer(leaf, empty)
 
 
 def _put_experts(model: nn.Module, merged: Merged, tensors: Mapping[str, TensorInfo], backend: str) -> None:

@@ -1,5 +1,6 @@
 """load(): a model from disk, compressed or not, with packed weights packed in memory."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from quantkit.linears import linear_modules
 from quantkit.modules import QuantizedLinear
 from quantkit.shards import ShardReader
 
+log = logging.getLogger("quantkit")
 SCALES = ("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "input_scale", "SCB")
 """The last parts of the names of tensors without which codes are no weights."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,8 +67,8 @@ def load(
     said = read_config(folder)
     refuse_untrusted(said, str(path), hub)
     stored = said.get("quantization_config")
-    if stored is not None:
-        formats.of_config(stored, str(path)).parse(stored)
+    if stored is not None and formats.of_config(stored, str(path)).parse(stored).cache_scales:
+        log.warning("%s has scales for keys and values in FP8; the cache here has the model's dtype", path)
     ShardReader(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -88,10 +90,22 @@ def load(
     for kind in ("missing_keys", "mismatched_keys"):
         if info.get(kind):
             name = sorted(str(key) for key in info[kind])[0]
-            raise CheckpointError(f"{path}: {kind.replace('_', ' ')}, {name} first; download the checkpoint again")
+            what = _remedy(info.get("unexpected_keys") or ())
+            raise CheckpointError(f"{path}: {kind.replace('_', ' ')}, {name} first; {what}")
     _refuse_unexpected(model, info.get("unexpected_keys") or (), str(path))
     model.eval()
     return model
+
+
+def _remedy(unexpected: Iterable[str]) -> str:
+    """What to do about missing tensors: where codes have no place in the model, it is their names that are wrong."""
+    codes = sorted(key.removesuffix(".weight_scale") for key in unexpected if key.endswith(".weight_scale"))
+    if not codes:
+        return "download the checkpoint again"
+    return (
+        f"it holds {codes[0]!r} instead, a name that transformers doesn't know in this architecture: load it with the "
+        "software that wrote it"
+    )
 
 
 def _refuse_unexpected(model: nn.Module, keys: Iterable[str], name: str) -> None:

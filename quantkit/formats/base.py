@@ -74,11 +74,14 @@ class Layout:
         ignore: modules left in float: class names, module names, or regexes after `re:`.
         spares_head: whether the layer that makes the logits and layers that share their weight with another stay in
             float too. The config doesn't say which they are; a reader asks the model.
+        cache_scales: the last parts of the names of tensors by which servers scale cached keys and values. They are
+            held as they are stored, and unused: the cache here has the model's dtype.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...] = ()
     spares_head: bool = False
+    cache_scales: tuple[str, ...] = ()
 
     def scheme_of(self, module: str, class_name: str = "Linear") -> Scheme | None:
         """The scheme of the linear layer of that name, or None when it is in float.
