@@ -1,11 +1,11 @@
 """Compression of one stage: its tensors are read, changed, quantized, packed and written, one after another."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
-from quantkit_kernels.formats import dequantize_weight
+from quantkit_kernels.formats import BLOCK, dequantize_weight
 
 from quantkit.checkpoint import Source
 from quantkit.errors import CheckpointError
@@ -15,6 +15,9 @@ from quantkit.pieces import compress_expert
 from quantkit.planning import Plan, Stage, Target
 from quantkit.shards import ShardWriter
 
+NORM_ELEMENTS = 2**20
+"""About so many weights at a time are held against their codes."""
+
 
 @dataclass
 class Worked:
@@ -23,10 +26,12 @@ class Worked:
     Attributes:
         changed: parameters with new values (float32), by the model's names.
         input_scales: static scales [1] of activations, by the name of the weight that they meet.
+        outlier_columns: the columns [O] of weights that stay in float, by the weight's name.
     """
 
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    outlier_columns: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def compress_stage(
@@ -49,9 +54,9 @@ def compress_stage(
         tensor = changed[key] if key in changed else source.weights.get(key)
         if key not in plan.targets:
             tensor = tensor.to(source.weights.tensors[key].dtype)
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and key not in plan.unused:
-            refuse_nonfinite(tensor, key, source)
         if key not in plan.targets:
+            if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and key not in plan.unused:
+                refuse_nonfinite(tensor, key, source)
             writer.add({plan.renamed.get(key, key): tensor})
             if not stage.is_block:
                 writer.flush()
@@ -60,11 +65,18 @@ def compress_stage(
         assert plan.layout is not None
         scales = [worked.input_scales[name] for name in target.parameters if name in worked.input_scales]
         scale = torch.stack(scales).amax(0) if scales else None  # parts of one tensor see the same activations
-        for tensors, layer in compress_target(target, tensor.to(device), plan.layout, scale):
-            writer.add(tensors)
-            layers.append(layer)
-            if kept is not None and target.whole and not target.of_experts:
-                kept[target.module] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
+        columns = worked.outlier_columns.get(target.parameters[0])  # a weight with such lies in a tensor of its own
+        if columns is not None:
+            refuse_nonfinite(tensor, key, source)
+        try:
+            for tensors, layer in compress_target(target, tensor.to(device), plan.layout, scale, columns):
+                writer.add(tensors)
+                layers.append(layer)
+                if kept is not None and target.whole and not target.of_experts:
+                    kept[target.module] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
+        except ValueError:  # quantizing looks for NaN and infinity itself, in all but columns that stay in float
+            refuse_nonfinite(tensor, key, source)
+            raise
     writer.flush()
     return layers
 
@@ -82,35 +94,71 @@ def refuse_nonfinite(tensor: torch.Tensor, key: str, source: Source) -> None:
 
 
 def compress_target(
-    target: Target, weight: torch.Tensor, layout: ModuleType, input_scale: torch.Tensor | None = None
+    target: Target,
+    weight: torch.Tensor,
+    layout: ModuleType,
+    input_scale: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> Iterator[tuple[dict[str, torch.Tensor], LayerReport]]:
     """The tensors of each linear layer of a target by full name, and what was lost: one layer, or each expert."""
     parts = weight.unbind(0) if target.experts else (weight,)
     for prefix, part in zip(target.prefixes, parts, strict=True):
         matrix = part.t() if target.transposed else part
-        tensors, layer = compress_linear(target, matrix, layout, input_scale)
+        tensors, layer = compress_linear(target, matrix, layout, input_scale, columns)
         if target.of_experts:
-            layer = LayerReport(
-                prefix.removesuffix("."), layer.scheme, layer.shape, layer.bits_per_weight, layer.weight_error
-            )
+            layer = replace(layer, module=prefix.removesuffix("."))
         yield {prefix + name: value for name, value in tensors.items()}, layer
 
 
 def compress_linear(
-    target: Target, weight: torch.Tensor, layout: ModuleType, input_scale: torch.Tensor | None = None
+    target: Target,
+    weight: torch.Tensor,
+    layout: ModuleType,
+    input_scale: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], LayerReport]:
-    """A float weight [N, K] as its format stores it, and what that cost."""
-    scheme = target.scheme
-    codes, scale = quantize_linear(weight, scheme, target.dtype)
+    """A float weight [N, K] as its format stores it, and what that cost; `columns` [O] of it stay in float."""
+    scheme, rest, outliers = target.scheme, weight, {}
+    if columns is not None:
+        columns = columns.to(weight.device)
+        rest = weight.index_fill(1, columns, 0.0)  # so that a row's scale is that of what is coded
+        outliers = {"outliers": (columns, weight[:, columns].to(target.dtype))}
+    codes, scale = quantize_linear(rest, scheme, target.dtype)
     stored = None if input_scale is None else input_scale.to(scale.dtype)
     if target.experts:
         tensors = compress_expert(layout, scheme, codes, scale, target.transposed)
     else:
-        tensors = layout.compress(scheme, codes, scale, input_scale=stored, transposed=target.transposed)
-    exact = weight.float()
-    norm = float(torch.linalg.vector_norm(exact))
-    decoded = dequantize_weight(codes, scale, scheme.weight_granularity).float()
-    lost = float(torch.linalg.vector_norm(decoded - exact))
+        tensors = layout.compress(scheme, codes, scale, input_scale=stored, transposed=target.transposed, **outliers)
+    floats = None if columns is None else (columns, tensors["outlier_weight"])
+    norm, lost = _norms(weight, codes, scale, scheme.weight_granularity, floats)
     bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / weight.numel()
     shape = (target.out_features, target.in_features)
-    return tensors, LayerReport(", ".join(target.modules), scheme.label, shape, bits, lost / norm if norm else 0.0)
+    error, kept = lost / norm if norm else 0.0, None if columns is None else len(columns)
+    return tensors, LayerReport(", ".join(target.modules), scheme.label, shape, bits, error, kept)
+
+
+def _norms(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    granularity: str,
+    floats: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[float, float]:
+    """The Frobenius norms of a float weight [N, K] and of what its codes lost.
+
+    Some rows at a time, which stay in cache and take no memory; their squares are added up in float64. `floats` are the
+    columns [O] that stay in float, and what is stored of them, [N, O].
+    """
+    step = max(1, NORM_ELEMENTS // max(1, weight.shape[1]) // BLOCK) * BLOCK
+    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for start in range(0, weight.shape[0], step):
+        rows, blocks = slice(start, start + step), slice(start // BLOCK, (start + step) // BLOCK)
+        own = scale if granularity == "tensor" else scale[blocks if granularity == "block" else rows]
+        exact = weight[rows].float()
+        lost = dequantize_weight(codes[rows], own, granularity).float()
+        if floats is not None:
+            lost[:, floats[0]] = floats[1][rows].float()
+        lost.sub_(exact)
+        squares += torch.stack([torch.linalg.vector_norm(exact), torch.linalg.vector_norm(lost)]).double().square()
+    norm, lost_norm = squares.sqrt().tolist()
+    return norm, lost_norm

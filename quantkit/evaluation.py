@@ -368,7 +368,7 @@ def _refuse_calibration_data(model: Any, hub: Hub, texts: Texts) -> None:
         return
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} isn't JSON ({error}): take it from the original again") from error
     if calibrated_with(recipe.get("dataset") if isinstance(recipe, dict) else None, texts):
         raise DataError(

@@ -4,6 +4,7 @@ The same quantizer serves `quantkit.load` for every format that quantkit reads.
 """
 
 import copy
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -113,6 +114,8 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"{list(spec.shape)} is expected; the files and their quantization_config don't belong "
                         "together: download both again"
                     )
+            if "outlier_columns" in layer.stored:
+                _check_columns(f"{name}.outlier_columns", layer.get_buffer("outlier_columns"), layer.in_features)
         use_eager_experts(model)
         return model
 
@@ -129,6 +132,16 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Yes: every layer is one op with a schema and a fake."""
         return True
+
+
+def _check_columns(name: str, columns: torch.Tensor, count: int) -> None:
+    """Return nothing; raise CheckpointError when these aren't numbers of columns, each once and in order."""
+    numbers = columns.tolist()
+    if any(one >= other for one, other in itertools.pairwise([-1, *numbers, count])):
+        raise CheckpointError(
+            f"tensor {name!r} does not hold numbers of columns from 0 to {count - 1} in ascending order; "
+            "download the checkpoint again"
+        )
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:

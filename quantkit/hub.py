@@ -68,14 +68,12 @@ def download(name: str, hub: Hub, skip: Sequence[str]) -> Path:
 
     words = {**hub.download, "ignore_patterns": list(skip)}
     try:
-        commit, missing = _missing(name, hub, skip)
+        commit, sizes = listed(name, hub, skip)
     except failures() as error:
-        if not is_passing(error):
-            reason = explain(error, name, hub)
-            raise CheckpointError(f"{name} is no folder, and the hub does not give it: {reason}") from error
-        return _from_cache(name, hub, words, error)
+        return without_an_answer(name, hub, words, error)
+    missing = [size for file, size in sizes.items() if cached(name, file, commit, hub) is None]
     try:
-        with _counted(f"downloading {name}", sum(missing.values()), hub.progress) as counter:
+        with _counted(f"downloading {name}", sum(missing), hub.progress) as counter:
             folder = Path(snapshot_download(name, tqdm_class=counter, **words))
     except failures() as error:
         raise CheckpointError(f"{name} cannot be downloaded: {explain(error, name, hub)}") from error
@@ -84,17 +82,31 @@ def download(name: str, hub: Hub, skip: Sequence[str]) -> Path:
     return folder
 
 
-def _missing(name: str, hub: Hub, skip: Sequence[str]) -> tuple[str, dict[str, int]]:
-    """The commit that is asked for, and the bytes of every file of it that isn't in the cache."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def listed(name: str, hub: Hub, skip: Sequence[str]) -> tuple[str, dict[str, int]]:
+    """The commit that is asked for, and the bytes of every file of it that is wanted; raises what `failures` lists."""
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
     api = HfApi(token=hub.token)
     info = patiently(lambda: api.model_info(name, revision=hub.revision, files_metadata=True, timeout=TIMEOUT))
     sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
-    wanted = list(filter_repo_objects(list(sizes), ignore_patterns=list(skip)))
-    where = {"cache_dir": hub.cache_dir, "revision": info.sha}
-    return info.sha, {file: sizes[file] for file in wanted if not try_to_load_from_cache(name, file, **where)}
+    return info.sha, {file: sizes[file] for file in filter_repo_objects(list(sizes), ignore_patterns=list(skip))}
+
+
+def cached(name: str, file: str, commit: str, hub: Hub) -> Path | None:
+    """Where a file of a commit lies in the cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file, cache_dir=hub.cache_dir, revision=commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+def without_an_answer(name: str, hub: Hub, words: dict[str, Any], error: Exception) -> Path:
+    """The model's folder in the cache where the hub gave no answer; CheckpointError where it answered with a no."""
+    if not is_passing(error):
+        reason = explain(error, name, hub)
+        raise CheckpointError(f"{name} is no folder, and the hub does not give it: {reason}") from error
+    return _from_cache(name, hub, words, error)
 
 
 def _from_cache(name: str, hub: Hub, words: dict[str, Any], error: Exception) -> Path:
@@ -149,18 +161,23 @@ def _counted(label: str, nbytes: int, progress: bool) -> Iterator[type]:
         yield Counter
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """What the call returns; where the hub says that it is busy or has an error of its own, it is asked again."""
-    from huggingface_hub.errors import HfHubHTTPError
+def patiently(call: Callable[[], T], *, broken: bool = False) -> T:
+    """What the call returns; where the hub says that it is busy or has an error of its own, it is asked again.
+
+    `broken` says that it is asked again, too, where a connection breaks or no answer comes.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     for wait in WAITS:
         try:
             return call()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in BUSY:
+        except HTTPError as error:
+            answered = isinstance(error, HfHubHTTPError)
+            if error.response.status_code not in BUSY if answered else not broken:
                 raise
-            seconds = min(max(wait, told_to_wait(error) or 0), LONGEST_WAIT)
-            log.warning("the hub answers %d; asking again in %d s", error.response.status_code, seconds)
+            seconds = min(max(wait, told_to_wait(error) or 0), LONGEST_WAIT) if answered else wait
+            what = f"the hub answers {error.response.status_code}" if answered else f"no answer came ({_line(error)})"
+            log.warning("%s; asking again in %d s", what, seconds)
             time.sleep(seconds)
     return call()
 

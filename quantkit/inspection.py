@@ -134,7 +134,7 @@ def inspect_checkpoint(checkpoint: str | Path, hub: Hub | None = None) -> Inspec
     folder = resolve(checkpoint, hub)
     config = read_config(folder)
     weights = ShardReader(folder)
-    skeleton = build_skeleton(folder, hub)
+    skeleton = build_skeleton(folder, hub, weights)
     stored, name, conversions, unfit = config.get("quantization_config"), "float", Conversions(()), list[str]()
     if stored is not None:
         layout = formats.of_config(stored, str(checkpoint))

@@ -10,7 +10,7 @@ from quantkit_kernels.backends import BACKENDS
 from torch import nn
 
 from quantkit import formats
-from quantkit.checkpoint import Hub, auto_class, read_config, refuse_untrusted, resolve
+from quantkit.checkpoint import Hub, auto_class, build_skeleton, read_config, refuse_untrusted, resolve
 from quantkit.devices import pick_device
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.linears import linear_modules
@@ -69,7 +69,7 @@ def load(
     stored = said.get("quantization_config")
     if stored is not None and formats.of_config(stored, str(path)).parse(stored).cache_scales:
         log.warning("%s has scales for keys and values in FP8; the cache here has the model's dtype", path)
-    ShardReader(folder)
+    build_skeleton(folder, hub, ShardReader(folder))  # which refuses sizes that the files cannot fill
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if stored is not None:

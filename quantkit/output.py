@@ -32,10 +32,15 @@ def refuse_existing(output: str | Path) -> Path:
     return path
 
 
+def free_space(output: Path) -> tuple[Path, int]:
+    """The folder that exists above an output that is yet to be made, and the bytes that are free on its disk."""
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    return folder, shutil.disk_usage(folder).free
+
+
 def refuse_full_disk(output: Path, needed: int) -> None:
     """Return nothing; raise CheckpointError when the disk has no room for what will be written."""
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
+    folder, free = free_space(output)
     if free < needed:
         raise CheckpointError(
             f"no space: the result takes {needed:,} bytes and the disk of {folder} has {free:,} free; "

@@ -116,7 +116,7 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
         tuple(candidate for candidate in candidates if candidate.name not in left),
         _left_alone(source, {name for target in targets.values() for name in target.parameters}, left, findings),
         tuple(candidate.name for candidate in candidates if candidate.name in left and not candidate.experts),
-        _ignored(source, candidates, left, chosen),
+        _ignored(source, names, candidates, left, chosen),
         tuple(key for key, origin in names.origins.items() if origin.parameter is None),
         _renamed(source, names.origins),
         patterns,
@@ -129,19 +129,27 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
 
 
 def _ignored(
-    source: Source, candidates: Sequence[Candidate], left: dict[str, str], layout: ModuleType | None
+    source: Source, names: Names, candidates: Sequence[Candidate], left: dict[str, str], layout: ModuleType | None
 ) -> tuple[str, ...]:
     """What is left in float, for a config: modules by name, experts (compressed-tensors) by a regex of their layers.
 
-    A module of a subclass of nn.Linear that computes something else is named too: others would take it for one.
+    A module of a subclass of nn.Linear that computes something else is named too: others would take it for one. Where
+    the files call a module otherwise than transformers does, both names are there: servers know the files' alone.
     """
     known = {candidate.name for candidate in candidates}
-    found = [name for name, _ in linears(source.skeleton) if name not in known]
+    on_disk: dict[str, list[str]] = {}
+    for key, origin in names.origins.items():
+        if origin.parameter is not None and not origin.converted:
+            on_disk.setdefault(origin.parameter.removesuffix(".weight"), []).append(key.removesuffix(".weight"))
+    found = []
+    for name, _ in linears(source.skeleton):
+        if name not in known:
+            found += [name, *on_disk.get(name, ())]
     for candidate in candidates:
         if candidate.name not in left:
             continue
         if not candidate.experts:
-            found.append(candidate.name)
+            found += [candidate.name, *on_disk.get(candidate.name, ())]
         elif layout is formats.compressed_tensors:
             found += [f"re:{re.escape(owner)}\\.[0-9]+\\." for owner in candidate.owners]
     return tuple(dict.fromkeys(found))

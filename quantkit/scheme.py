@@ -1,6 +1,6 @@
 """Scheme: what the numbers of one linear layer look like. It needs no torch."""
 
-import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,11 @@ ACTIVATIONS = ("token", "tensor", "tensor-static", "group")
 ACTIVATION_RANGES = ("absmax", "percentile", "mse")
 BLOCK = 128
 """Rows and columns of a weight's block that share a scale, and the activations of one token that do."""
+
+LARGEST = sys.float_info.max
+"""The largest threshold; JSON can write larger whole numbers, which are no floats."""
+LARGEST_COUNT = 2**31
+"""Of weights that share a scale, and of columns."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Scheme:
 
     def _check_weights(self) -> None:
         size = self.group_size
-        is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        is_count = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= LARGEST_COUNT
         if size is not None and (not is_count or self.activation_dtype is not None or self.weight_granularity != "row"):
             raise RecipeError(
                 f"group size {size!r} needs to be a positive whole number, with weights by row and activations in "
@@ -106,7 +111,7 @@ class Scheme:
         value = self.threshold
         if value is None:
             return
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST
         row = self.weight_granularity == "row"
         if not number or self.activation_dtype != "int8" or self.activation != "token" or not row:
             raise RecipeError(
@@ -118,7 +123,8 @@ class Scheme:
         value = self.outlier_columns
         if value is None:
             return
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0 or self.threshold is None:
+        is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
+        if not is_count or self.threshold is None:
             raise RecipeError(
                 f"outlier_columns {value!r} needs to be a whole number from 0, with the threshold of LLM.int8"
             )

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options, json_option
+from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options, json_option, say
 
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 MIB = 2**20
@@ -59,9 +59,9 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     if as_json:
         import json
 
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        say(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        click.echo(table(result))
+        say(table(result))
 
 
 def table(result: dict[str, Any]) -> str:

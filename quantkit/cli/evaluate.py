@@ -12,6 +12,7 @@ from quantkit.cli.options import (
     device_option,
     hub_options,
     json_option,
+    say,
 )
 
 TASK_FACTS = ("samples", "shots", "version")
@@ -50,9 +51,9 @@ def command(model: str, dataset: str | None, tasks: str | None, as_json: bool, *
     if as_json:
         import json
 
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        say(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        click.echo(table(result))
+        say(table(result))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import CONTEXT, hub_options, json_option
+from quantkit.cli.options import CONTEXT, hub_options, json_option, say
 
 SERVERS = ("vllm", "sglang", "transformers")
 HARDWARE = ("cpu", "cpu-amx", "sm75", "sm80", "sm89", "sm90", "sm100", "sm120")
@@ -87,6 +87,6 @@ def _say(result: dict[str, Any] | str, *, wrong: bool) -> None:
     """Print a text, or an object as JSON; then leave with 1 if something is wrong."""
     import json
 
-    click.echo(result if isinstance(result, str) else json.dumps(result, indent=2))
+    say(result if isinstance(result, str) else json.dumps(result, indent=2))
     if wrong:
         raise click.exceptions.Exit(1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import CONTEXT, json_option, push_options
+from quantkit.cli.options import CONTEXT, json_option, push_options, say
 
 
 @click.command("push", context_settings=CONTEXT)
@@ -29,6 +29,6 @@ def command(folder: str, repo: str, as_json: bool, **options: Any) -> None:
     if as_json:
         import json
 
-        click.echo(json.dumps(pushed, indent=2))
+        say(json.dumps(pushed, indent=2))
     else:
-        click.echo(f"pushed {pushed_line(pushed)}")
+        say(f"pushed {pushed_line(pushed)}")

@@ -55,7 +55,7 @@ def _together(source: Source, module: str, modules: Collection[str]) -> str | No
     Its name is the module's without the expert's number. The model tells that it has three axes, or else the config
     names it as what is quantized.
     """
-    stem = re.sub(r"\.\d+(\.[^.]+)$", r"\1", module)
+    stem = re.sub(r"\.[0-9]{1,9}(\.[^.]+)$", r"\1", module)
     if stem == module or module in modules or f"{module}.weight" in source.shapes:
         return None
     names = (stem, f"{stem}.weight")
@@ -95,6 +95,8 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
         kept = [f"{members[0]}.outlier_columns", f"{members[0]}.outlier_weight"]
         for key, expected in zip(kept, ((scheme.outlier_columns,), (rows, scheme.outlier_columns)), strict=True):
             need_shape(need(source.weights, key, first, where), expected, key, where)
+        if tensors[kept[0]].dtype != torch.int32:
+            raise damaged(where, f"{kept[0]!r} is {tensors[kept[0]].dtype} where torch.int32 is expected")
         return Part(shape, (*keys, *kept), partial(_with_columns, decoder, columns, kept[0], where))
     return Part(shape, tuple(keys), decoder)
 

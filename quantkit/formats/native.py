@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets, scale_specs, stored_scales
 from quantkit.scheme import Scheme
+from quantkit.untrusted import shown
 
 NAME = "quantkit"
 VERSION = 2
@@ -106,14 +107,15 @@ def parse(config: Mapping[str, Any]) -> Layout:
     Raises:
         CheckpointError: another version, or a config that isn't one.
     """
-    if config.get("version") not in range(1, VERSION + 1):
+    version = config.get("version")
+    if type(version) is not int or version not in range(1, VERSION + 1):
         raise CheckpointError(
-            f"the checkpoint is in version {config.get('version')!r} of quantkit's format and this quantkit reads "
+            f"the checkpoint is in version {shown(version)} of quantkit's format and this quantkit reads "
             f"versions up to {VERSION}; use a quantkit that knows it"
         )
     groups = config.get("groups")
     if not isinstance(groups, list):
-        raise CheckpointError(f"groups of quantization_config is {groups!r}, not a list; mend config.json")
+        raise CheckpointError(f"groups of quantization_config is {shown(groups)}, not a list; mend config.json")
     found = []
     for group in groups:
         try:

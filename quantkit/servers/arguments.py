@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.untrusted import regex_trouble
+
 KEYS = frozenset(
     {
         "num_bits",
@@ -122,7 +124,7 @@ def read_groups(config: Mapping[str, Any]) -> tuple[list[Group], list[Mistake]]:
         mistakes += wrong
         targets = () if wrong else tuple(targets or ())
         form = values.get("format") or config.get("format")
-        if form not in FORMATS:
+        if not isinstance(form, str) or form not in FORMATS:
             mistakes.append(Mistake(f"{where}.format", f"{form!r} is no format of compressed-tensors", of_group=True))
         weights, inputs, outputs = (
             read_arguments(values.get(key), f"{where}.{key}")
@@ -143,11 +145,7 @@ def _of_names(values: object, where: str) -> list[Mistake]:
 
 
 def _is_pattern(value: str) -> bool:
-    try:
-        re.compile(value[3:] if value.startswith("re:") else "")
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
+    return not value.startswith("re:") or regex_trouble(value[3:]) is None
 
 
 def _of_activations(inputs: Arguments | None, where: str) -> list[Mistake]:
@@ -215,7 +213,8 @@ def _inferred(size: object) -> str:
 def _block(value: object) -> tuple[int, int] | None:
     """Rows and columns of a block, also from the older spelling `128x128`."""
     if isinstance(value, str):
-        value = [int(part) for part in value.split("x") if part.isdigit()]
+        written = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", value)
+        value = None if written is None else [int(part) for part in written.groups()]
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value):
         return value[0], value[1]
     return None

@@ -174,7 +174,7 @@ def contents_of(checkpoint: str | Path, hub: Hub | None = None) -> Contents:
     config, weights = read_config(folder), ShardReader(folder)
     base = of_config(config, str(checkpoint))
     try:
-        skeleton = build_skeleton(folder, hub)
+        skeleton = build_skeleton(folder, hub, weights)
     except CheckpointError as error:
         layers = {name: _layer(name, tensors, None, {}) for name, tensors in _by_layer(weights.tensors).items()}
         return _filled(base, weights.tensors, layers, str(error), (), None)

@@ -1,9 +1,9 @@
 """Which group of the config a layer has, as each server finds it by names, regexes and classes."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from quantkit import untrusted
 from quantkit.servers.arguments import Group
 from quantkit.servers.contents import Contents, Layer
 
@@ -23,7 +23,7 @@ def by_target(groups: Iterable[Group]) -> dict[str, Group]:
 
 def fits(name: str, target: str) -> bool:
     """Whether a target is a name, or a regex that fits it from its start."""
-    return target == name if not target.startswith("re:") else re.match(target[3:], name) is not None
+    return target == name if not target.startswith("re:") else untrusted.fits(target[3:], name)
 
 
 def fits_end(name: str, target: str) -> bool:
