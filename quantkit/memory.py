@@ -22,10 +22,10 @@ def peak_memory_bytes() -> int | None:
 def resident_memory_bytes() -> int | None:
     """The memory that this process holds now, in bytes; None where the kernel doesn't say."""
     try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    except (OSError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
         return None
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Excess:

@@ -326,8 +326,8 @@ class ShardWriter:
     def _write_one(self, tensors: dict[str, torch.Tensor]) -> None:
         path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
         temporary = path.with_suffix(".tmp")
-        with ThreadPoolExecutor(1) as beside:  # hashing takes as long as writing, and needs the CPU alone
-            checksums = beside.submit(lambda: {name: checksum(tensor) for name, tensor in tensors.items()})
+        with ThreadPoolExecutor(torch.get_num_threads()) as beside:  # hashing takes as long as writing does
+            checksums = beside.map(checksum, tensors.values())
             try:
                 temporary.touch()
                 mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -338,7 +338,7 @@ class ShardWriter:
                 raise write_error(error, path) from error
             sync(temporary)
         temporary.replace(path)
-        self.checksums |= checksums.result()
+        self.checksums |= dict(zip(tensors, checksums, strict=True))
         self.nbytes += sum(tensor.nbytes for tensor in tensors.values())
         self._shards.append((path, list(tensors)))
 

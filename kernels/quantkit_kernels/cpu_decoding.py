@@ -47,7 +47,7 @@ def linear_block(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     """
     codes, scale = formats.quantize_per_group(generic.tokens(x), weight.dtype)
     (tokens, in_features), out_features = codes.shape, weight.shape[0]
-    left = formats.decode(codes, torch.float32).view(tokens, -1, formats.BLOCK).transpose(0, 1)
+    left = formats.decode(codes, torch.float32).view(tokens, scale.shape[1], formats.BLOCK).transpose(0, 1)
     left_scale = scale.t().unsqueeze(2)
     right_scale = weight_scale.float().repeat_interleave(formats.BLOCK, dim=0)[:out_features].t().unsqueeze(1)
     out = torch.empty((tokens, out_features), dtype=torch.float32)
@@ -55,7 +55,7 @@ def linear_block(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     for start in range(0, out_features, step):
         part = slice(start, start + step)
         decoded = formats.decode(weight[part], torch.float32).contiguous()
-        right = decoded.view(decoded.shape[0], -1, formats.BLOCK).permute(1, 2, 0)
+        right = decoded.view(decoded.shape[0], scale.shape[1], formats.BLOCK).permute(1, 2, 0)
         sums = torch.bmm(left, right).mul_(left_scale).mul_(right_scale[:, :, part])
         torch.sum(sums, dim=0, out=out[:, part])
     if bias is not None:

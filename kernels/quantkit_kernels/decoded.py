@@ -64,7 +64,7 @@ def linear(
     values = generic.tokens(x)
     if op == "linear_block":
         codes, scale = formats.quantize_per_group(values, dtype)
-        groups = formats.decode(codes, torch.float32).view(*scale.shape, -1) * scale.unsqueeze(-1)
+        groups = formats.decode(codes, torch.float32).view(*scale.shape, formats.BLOCK) * scale.unsqueeze(-1)
         out = F.linear(groups.view(values.shape).to(weight.dtype), weight)
         if bias is not None:
             out = out.to(torch.float32).add_(bias)

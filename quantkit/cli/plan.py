@@ -19,10 +19,11 @@ from quantkit.cli.options import CONTEXT, hub_options, json_option, recipe_optio
 def command(model: str, explain: bool, as_json: bool, **options: object) -> None:
     """Say what would be done to MODEL, why, and what that takes, without reading a weight.
 
-    Of a model on the hub only config.json and the headers of its files are fetched. What a model does with its parameters is seen in one short pass with random weights, a block at a time. Every
-    weight matrix has its place, quantized or left alone with the reason (--json names them all, the text the first of
-    each kind); with --explain every smoothing group, too. It also says which bytes there would be, the room that they
-    need on disk, and whether the work takes seconds, minutes, hours or days on this machine's CPU.
+    Of a model on the hub only config.json and the headers of its files are fetched. What a model does with its
+    parameters is seen in one short pass with random weights, a block at a time. Every weight matrix has its place,
+    quantized or left alone with the reason (--json names them all, the text the first of each kind); with --explain
+    every smoothing group, too. It also says which bytes there would be, the room that they need on disk, and
+    whether the work takes seconds, minutes, hours or days on this machine's CPU.
 
     \b
     quantkit plan path/of/model -m smoothquant -m w8a8 --explain

@@ -135,15 +135,15 @@ def test_int8_weights_with_bfloat16_activations(tokens, in_features, with_bias):
     packed = formats.pack_int32(codes, 8)
     some_bias = bias if with_bias else None
     exact, bound = int8_kernel_bound(x, codes, scale, some_bias)
-    if not cpu_decoding._has_int8_kernel(x, scale):
-        bound = bound + 2.0**-8 * 1.01 * (x.double().abs() @ codes.double().abs().T) * scale.double().T
+    rounded = 2.0**-8 * 1.01 * (x.double().abs() @ codes.double().abs().T) * scale.double().T
     out = ops.linear_weight_only(x, codes, scale, some_bias)
-    assert bool(((out.double() - exact).abs() <= bound).all())
+    allowed = bound if cpu_decoding._has_int8_kernel(x, scale) else bound + rounded
+    assert bool(((out.double() - exact).abs() <= allowed).all())
     assert torch.equal(ops.linear_weight_only_packed(x, packed, scale, some_bias, 8), out)
+    # words that don't begin on eight bytes can't be read as int64: they are decoded
     lying = torch.cat([torch.zeros(1, dtype=torch.int32), packed.view(-1)])[1:].view(packed.shape)
-    assert bool(
-        ((ops.linear_weight_only_packed(x, lying, scale, some_bias, 8).double() - exact).abs() <= 3 * bound).all()
-    )
+    out = ops.linear_weight_only_packed(x, lying, scale, some_bias, 8)
+    assert bool(((out.double() - exact).abs() <= bound + rounded).all())
 
 
 def test_the_int8_kernel_is_asked_only_for_what_it_can():

@@ -3,11 +3,10 @@
     python tests/oracles/cost_of_compressing.py --llmcompressor-python VENV/bin/python [--json]
 
 A random bf16 Llama of 284 million parameters and rows of random token ids are written to a temporary folder (1.5 GB
-with the results). Each tool compresses it in a process of its own, ours and theirs in turn. Counted are the seconds from
-when everything is imported until the checkpoint is on disk, and the process's peak memory with the imports (VmHWM).
-Within that time ours also proves its folds, syncs its files, and reads the checkpoint back. Both checkpoints must hold
-the same tensors, by name, shape and dtype.
-"""
+with the results). Each tool compresses it in a process of its own, ours and theirs in turn. Counted are the seconds
+from when everything is imported until the checkpoint is on disk, and the process's peak memory with the imports
+(VmHWM). Within that time ours also proves its folds, syncs its files, and reads the checkpoint back. Both checkpoints
+must hold the same tensors, by name, shape and dtype. """
 
 import argparse
 import json

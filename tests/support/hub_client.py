@@ -1,10 +1,13 @@
-"""How huggingface_hub is pointed at another hub: in this process, or by the environment of a child process."""
+"""How huggingface_hub is pointed at another hub, in this process or a child, and what it asked that hub for."""
 
 import os
+import re
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hub_server import HubServer
 
 PREFIXES = ("HF_", "HUGGING", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
@@ -39,3 +42,24 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(PREFIXES)}
     words = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return {**kept, **words, "OMP_NUM_THREADS": "1", **more}
+
+
+def header_length(content: bytes) -> int:
+    """Bytes of a safetensors file up to the end of its header."""
+    return 8 + int(struct.unpack("<Q", content[:8])[0])
+
+
+def asked_bytes(server: HubServer, files: dict[str, bytes]) -> int:
+    """How many bytes of shards were asked for; fails when one of them lies beyond a header."""
+    total = 0
+    for method, path, headers in server.requests:
+        file = path.rpartition("/")[2]
+        if not file.endswith(".safetensors") or "/api/" in path:
+            continue
+        assert method == "GET", path
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("range", ""))
+        assert match, f"{path} is asked for as a whole"
+        first, last = map(int, match.groups())
+        assert last < header_length(files[file]), f"{path} {match[0]} is weights"
+        total += last + 1 - first if "/storage/" in path else 0
+    return total
