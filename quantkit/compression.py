@@ -1,4 +1,4 @@
-"""Compression of one stage: its tensors are read, changed, quantized, packed and written, one after another."""
+"""Compression of one stage: its tensors are read, changed, quantized, packed and written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,9 +14,10 @@ from quantkit.outcome import LayerReport
 from quantkit.pieces import compress_expert
 from quantkit.planning import Plan, Stage, Target
 from quantkit.shards import ShardWriter
+from quantkit.workers import Workers
 
-NORM_ELEMENTS = 2**20
-"""About so many weights at a time are held against their codes."""
+NORM_ELEMENTS = 2**18
+"""About so many weights at a time are held against their codes: they stay in a core's cache."""
 
 
 @dataclass
@@ -43,42 +44,85 @@ def compress_stage(
     worked: Worked | None = None,
     kept: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> list[LayerReport]:
-    """Read, compress and write one stage, a tensor at a time; the reports of its linear layers.
+    """Read, compress and write one stage; the reports of its linear layers.
 
-    `kept` takes the written tensors of each linear layer that one key makes, by its name.
+    One tensor at a time is read and written, and a few at a time are compressed. `kept` takes the written tensors of
+    each linear layer that one key makes, by its name.
     """
     worked = worked or Worked()
-    changed = plan.names.written(worked.changed) if worked.changed else {}
     layers = []
+
+    def compressed(task: _Task) -> tuple[Target | None, list[tuple[dict[str, torch.Tensor], LayerReport | None]]]:
+        return task.target, list(task.compress(plan, source, device))
+
+    tasks = _tasks(stage, plan, source, worked)
+    # What lies outside of the blocks is large, and comes one by one.
+    done = Workers(device).map(compressed, tasks) if stage.is_block else map(compressed, tasks)
+    for target, made in done:
+        for tensors, layer in made:
+            writer.add(tensors)
+            if target is None or layer is None:
+                continue
+            layers.append(layer)
+            if kept is not None and target.whole and not target.of_experts:
+                kept[target.module] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
+        if target is None and not stage.is_block:
+            writer.flush()
+    writer.flush()
+    return layers
+
+
+@dataclass
+class _Task:
+    """One tensor of a stage, and what is to become of it.
+
+    Attributes:
+        key: its name in the checkpoint.
+        tensor: what it holds.
+        target: how it is quantized, or None.
+        scale: the static scale [1] of the activations that it meets, or None.
+        columns: the columns [O] that stay in float, or None.
+    """
+
+    key: str
+    tensor: torch.Tensor
+    target: Target | None = None
+    scale: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def compress(
+        self, plan: Plan, source: Source, device: torch.device
+    ) -> Iterator[tuple[dict[str, torch.Tensor], LayerReport | None]]:
+        """The tensors to be written by name, with the report of the linear layer that they are."""
+        tensor = self.tensor
+        if self.target is None:
+            if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and self.key not in plan.unused:
+                refuse_nonfinite(tensor, self.key, source)
+            yield {plan.renamed.get(self.key, self.key): tensor}, None
+            return
+        if self.columns is not None:
+            refuse_nonfinite(tensor, self.key, source)
+        assert plan.layout is not None
+        try:
+            yield from compress_target(self.target, tensor.to(device), plan.layout, self.scale, self.columns)
+        except ValueError:  # quantizing looks for NaN and infinity itself, in all but columns that stay in float
+            refuse_nonfinite(tensor, self.key, source)
+            raise
+
+
+def _tasks(stage: Stage, plan: Plan, source: Source, worked: Worked) -> Iterator[_Task]:
+    """Every tensor of a stage, read when it is asked for."""
+    changed = plan.names.written(worked.changed) if worked.changed else {}
     for key in stage.keys:
         tensor = changed[key] if key in changed else source.weights.get(key)
-        if key not in plan.targets:
-            tensor = tensor.to(source.weights.tensors[key].dtype)
-        if key not in plan.targets:
-            if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and key not in plan.unused:
-                refuse_nonfinite(tensor, key, source)
-            writer.add({plan.renamed.get(key, key): tensor})
-            if not stage.is_block:
-                writer.flush()
+        target = plan.targets.get(key)
+        if target is None:
+            yield _Task(key, tensor.to(source.weights.tensors[key].dtype))
             continue
-        target = plan.targets[key]
-        assert plan.layout is not None
         scales = [worked.input_scales[name] for name in target.parameters if name in worked.input_scales]
         scale = torch.stack(scales).amax(0) if scales else None  # parts of one tensor see the same activations
         columns = worked.outlier_columns.get(target.parameters[0])  # a weight with such lies in a tensor of its own
-        if columns is not None:
-            refuse_nonfinite(tensor, key, source)
-        try:
-            for tensors, layer in compress_target(target, tensor.to(device), plan.layout, scale, columns):
-                writer.add(tensors)
-                layers.append(layer)
-                if kept is not None and target.whole and not target.of_experts:
-                    kept[target.module] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
-        except ValueError:  # quantizing looks for NaN and infinity itself, in all but columns that stay in float
-            refuse_nonfinite(tensor, key, source)
-            raise
-    writer.flush()
-    return layers
+        yield _Task(key, tensor, target, scale, columns)
 
 
 def refuse_nonfinite(tensor: torch.Tensor, key: str, source: Source) -> None:

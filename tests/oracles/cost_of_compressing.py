@@ -4,9 +4,10 @@
 
 A random bf16 Llama of 284 million parameters and rows of random token ids are written to a temporary folder (1.5 GB
 with the results). Each tool compresses it in a process of its own, ours and theirs in turn. Counted are the seconds
-from when everything is imported until the checkpoint is on disk, and the process's peak memory with the imports
-(VmHWM). Within that time ours also proves its folds, syncs its files, and reads the checkpoint back. Both checkpoints
-must hold the same tensors, by name, shape and dtype. """
+from when everything is imported until the checkpoint is durably on disk (both tools' files are synced), and the process's
+peak memory with the imports (VmHWM). Within that time ours also proves its folds and reads its checkpoint back. Both
+checkpoints must hold the same tensors, by name, shape and dtype.
+"""
 
 import argparse
 import json
@@ -66,6 +67,7 @@ def ours(method: str, folder: Path, out: Path) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     before, started = peak_bytes(), time.monotonic()
     quantize(folder, out, progress=False, **words)
+    sync(out)
     return {"seconds": time.monotonic() - started, "imports_bytes": before}
 
 
@@ -103,7 +105,15 @@ def theirs(method: str, folder: Path, out: Path, batch_size: int) -> dict[str, A
         )
     model.save_pretrained(out, save_compressed=True)
     tokenizer.save_pretrained(out)
+    sync(out)
     return {"seconds": time.monotonic() - started, "imports_bytes": before}
+
+
+def sync(folder: Path) -> None:
+    """Make the files of a folder durable."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def peak_bytes() -> int:
@@ -123,6 +133,7 @@ def run(python: str, tool: str, method: str, folder: Path, options: argparse.Nam
     threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         out = Path(scratch) / "out"
+        os.sync()  # what was written before is not this run's to wait for
         command = [python, str(Path(__file__).resolve()), "--child", tool, method, str(folder), str(out)]
         ran = subprocess.run(
             [*command, "--batch-size", str(options.batch_size)],

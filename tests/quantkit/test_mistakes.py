@@ -459,7 +459,7 @@ def test_a_real_signal_leaves_nothing_and_exits_130(model_folder, tmp_path):
         ("generate", "OUT", "--prompt", "x", "--max-new-tokens", "0"),
         ("generate", "OUT", "--prompt", "x", "--temperature", "-1"),
         ("generate", "OUT", "--prompt", "x", "--backend", "cuda"),
-        ("eval", "MODEL"),
+        ("eval",),
         ("methods", "x"),
     ],
 )
