@@ -4,9 +4,9 @@
 
 A random bf16 Llama of 284 million parameters and rows of random token ids are written to a temporary folder (1.5 GB
 with the results). Each tool compresses it in a process of its own, ours and theirs in turn. Counted are the seconds
-from when everything is imported until the checkpoint is durably on disk (both tools' files are synced), and the process's
-peak memory with the imports (VmHWM). Within that time ours also proves its folds and reads its checkpoint back. Both
-checkpoints must hold the same tensors, by name, shape and dtype.
+from when everything is imported until the checkpoint is durably on disk (the files of both are synced), and the peak
+memory of the process with the imports (VmHWM). Within that time ours also proves its folds and reads its checkpoint
+back. Both checkpoints must hold the same tensors, by name, shape and dtype.
 """
 
 import argparse
