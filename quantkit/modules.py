@@ -83,9 +83,10 @@ class QuantizedLinear(nn.Module):
 
     On a CPU weights in FP8, and weights that alone are quantized, are decoded at every call, and with few tokens that
     takes longer than the product. `keep_decoded = True` (or `keep_decoded(model)` for all layers) keeps what was
-    decoded in the first call: the speed of the float layer, for 2 bytes a weight more in bfloat16 and 4 in float32. It
-    changes nothing for int8 weights with int8 activations. What is kept follows the buffers: it is decoded anew where
-    one was replaced, moved or written to (but not through `.data`, which leaves no trace).
+    decoded in the first call, in the order that the product reads: with few tokens faster than the float layer, for 2
+    bytes a weight more in bfloat16 and 4 in float32. It changes nothing for int8 weights with int8 activations. What is
+    kept follows the buffers: it is decoded anew where one was replaced, moved or written to (but not through `.data`,
+    which leaves no trace).
 
     Args:
         in_features: K.

@@ -4,14 +4,16 @@
 
 Each line is one op, one shape and one number of tokens. A ratio says how many times as fast as the faster of F.linear
 in float32 and in bfloat16 it is; all are measured in the same run, in turn, and every number is that of the fastest
-single call. "hot" repeats one layer, whose weight then stays in cache if it fits; "cold" goes round copies of it that
-together are larger than the last cache, as a model's layers do. Weights and activations are random. Each op's result is
-checked against float64 first, and an op whose check fails gets no time.
+single call, which others must come close to: where the machine was too busy for that, the line says so. "hot" repeats
+one layer, whose weight then stays in cache if it fits; "cold" goes round copies of it that together are larger than the
+last cache, as a model's layers do. Weights and activations are random. Each op's result is checked against float64
+first, and an op whose check fails gets no time.
 
 Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI to see a processor that multiplies int8 but no bfloat16.
 """
 
 import argparse
+import bisect
 import functools
 import json
 import os
@@ -30,6 +32,8 @@ from torch import Tensor
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632), (1024, 1024), (2816, 1024))
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 E4M3 = torch.float8_e4m3fn
+SETTLED = 5
+"""So many calls must have taken no more than a twentieth longer than the fastest: else a line is called disturbed."""
 OUTLIERS = 6
 """Columns of x that LLM.int8 keeps in float: some of a thousand features, as in the models of its paper."""
 
@@ -201,25 +205,33 @@ def is_right(case: Case, x: Tensor, weight: tuple[Tensor, ...]) -> bool:
     return out.dtype == x.dtype and bool(((out[some].double() - exact).abs() <= bound * 1.01).all())
 
 
-def seconds(runs: dict[str, list[Callable[[], Tensor]]], budget: float, rounds: int) -> dict[str, float]:
-    """Return the least seconds of a single call for each name, whose calls go round its list, all names in turn.
+def seconds(runs: dict[str, list[Callable[[], Tensor]]], budget: float, rounds: int) -> dict[str, list[float]]:
+    """Return the least SETTLED seconds of single calls of each name, whose calls go round its list, names in turn.
 
-    The least, as what else a machine does only ever adds to a call.
+    A name's turns end early once its least is no chance, which two rounds at least must say.
     """
-    least = dict.fromkeys(runs, float("inf"))
+    least: dict[str, list[float]] = {name: [] for name in runs}
     clock = time.perf_counter
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, calls in runs.items():
+            if turn > 1 and is_settled(least[name]):
+                continue
             calls[0]()
-            end = clock() + budget / rounds
-            now = 0.0
-            while now < end:
+            done, end, now = 0, clock() + budget / rounds, 0.0
+            while now < end and not (done >= SETTLED and is_settled(least[name])):
                 for call in calls:
                     begun = clock()
                     call()
                     now = clock()
-                    least[name] = min(least[name], now - begun)
+                    bisect.insort(least[name], now - begun)
+                    del least[name][SETTLED:]
+                done += len(calls)
     return least
+
+
+def is_settled(least: list[float]) -> bool:
+    """Return whether as many calls as SETTLED says took no more than a twentieth longer than the fastest."""
+    return len(least) == SETTLED and least[-1] <= 1.05 * least[0]
 
 
 def activations(tokens: int, in_features: int, dtype: torch.dtype, outliers: bool) -> Tensor:
@@ -251,11 +263,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
                     wrong.append(name)
                     continue
                 runs[name] = copies(case.run, x[case.outliers], prepared, options)
-            least = seconds(runs, options.seconds, options.rounds)
+            taken = seconds(runs, options.seconds, options.rounds)
+            least = {name: min(each) for name, each in taken.items()}
             float_seconds = min(least["float32"], least["bfloat16"])
             sys.stdout.write(f"\n{out_features} x {in_features}, tokens {tokens}, {options.cache}\n")
             for name in (*least, *wrong):
-                taken = least.get(name)
+                best = least.get(name)
                 records.append(
                     {
                         "op": name,
@@ -263,11 +276,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
                         "in_features": in_features,
                         "tokens": tokens,
                         "cache": options.cache,
-                        "microseconds": None if taken is None else round(taken * 1e6, 1),
-                        "times_float": None if taken is None else round(float_seconds / taken, 2),
+                        "microseconds": None if best is None else round(best * 1e6, 1),
+                        "times_float": None if best is None else round(float_seconds / best, 2),
+                        "settled": best is not None and is_settled(taken[name]),
                     }
                 )
-                said = "WRONG, not timed" if taken is None else f"{taken * 1e6:10.0f} us  {float_seconds / taken:6.2f}x"
+                said = "WRONG, not timed" if best is None else f"{best * 1e6:10.0f} us  {float_seconds / best:6.2f}x"
+                if best is not None and not is_settled(taken[name]):
+                    said += "  (disturbed)"
                 sys.stdout.write(f"  {name:24} {said}\n")
             sys.stdout.flush()
     return records
@@ -280,8 +296,8 @@ def copies(
     options: argparse.Namespace,
 ) -> list[Callable[[], Tensor]]:
     """Return calls of the layer: one, or when cold as many with weights of their own as exceed the last cache."""
-    read = weight[2:3] if len(weight) == 3 and weight[2].dtype in formats.FLOAT_DTYPES else weight[:1]
-    size = sum(tensor.nbytes for tensor in read)
+    read = weight[2] if len(weight) == 3 and weight[2].dtype in formats.FLOAT_DTYPES else weight[0]
+    size = read.numel() * read.element_size()
     count = 1 if options.cache == "hot" else 1 + -(-2 * options.cache_bytes // size)
     layers = [weight, *(tuple(tensor.clone() for tensor in weight) for _ in range(count - 1))]
     return [functools.partial(run, x, each) for each in layers]
@@ -329,8 +345,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", help="names as in the table; all by default")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the activations")
     parser.add_argument("--cache", choices=("hot", "cold"), default="hot")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each line, in all its rounds")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="at most, for each line")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write, or add to, a file of records")
     options = parser.parse_args()
     options.cache_bytes = last_cache_bytes()

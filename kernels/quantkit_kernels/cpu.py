@@ -19,8 +19,8 @@ from quantkit_kernels import cpu_decoding, formats, generic
 
 logger = logging.getLogger("quantkit")
 
-_CHUNK_ELEMENTS = 1 << 17
-"""Activations are quantized, and sums scaled, this many at a time: half a MiB in float32."""
+_CHUNK_ELEMENTS = 1 << 18
+"""Activations are quantized, and sums scaled, this many at a time: one MiB in float32."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
