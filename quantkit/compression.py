@@ -46,9 +46,11 @@ def compress_stage(
 ) -> list[LayerReport]:
     """Read, compress and write one stage; the reports of its linear layers.
 
-    One tensor at a time is read and written, and a few at a time are compressed. `kept` takes the written tensors of
-    each linear layer that one key makes, by its name.
+    One tensor at a time is read and written, and a few of a block at a time are compressed: but for a calibrated one's,
+    as what is freed of the memory of many threads is never all given back. `kept` takes the written tensors of each
+    linear layer that one key makes, by its name.
     """
+    side_by_side = stage.is_block and worked is None  # what lies outside of the blocks is large, and comes one by one
     worked = worked or Worked()
     layers = []
 
@@ -56,8 +58,7 @@ def compress_stage(
         return task.target, list(task.compress(plan, source, device))
 
     tasks = _tasks(stage, plan, source, worked)
-    # What lies outside of the blocks is large, and comes one by one.
-    done = Workers(device).map(compressed, tasks) if stage.is_block else map(compressed, tasks)
+    done = Workers(device).map(compressed, tasks) if side_by_side else map(compressed, tasks)
     for target, made in done:
         for tensors, layer in made:
             writer.add(tensors)
