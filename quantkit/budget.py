@@ -40,6 +40,8 @@ SMALL_FILES_BYTES = 64 * 1024
 CLASSES = (("seconds", 60.0), ("minutes", 3600.0), ("hours", 86400.0))
 MEASURED = 0.1
 """Seconds that a measurement goes on for; it is made once at least."""
+SIZE = 512
+"""Rows and columns of the matrices that are multiplied for it."""
 
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k")
 """What configs call the number of experts that a token is sent to."""
@@ -114,14 +116,18 @@ class Budget:
             "time": asdict(self.time),
         }
 
-    def to_text(self) -> str:
+    def lines(self) -> list[str]:
         """The budget as lines that go with those of a plan."""
-        lines = [f"  before     {_listed(self.before)}", f"  after      {_listed(self.after)}"]
-        disk = f"  disk       {self.disk.needed:,} bytes are needed"
+        disk = f"needs {self.disk.needed:,} bytes"
         if self.disk.free is not None:
-            fits = "" if self.disk.fits else ", which is too little"
-            disk += f"; the disk of {self.disk.folder} has {self.disk.free:,} free{fits}"
-        return "\n".join([*lines, disk, f"  time       {self.time.kind}: {self.time.formula}; {self.time.assumption}"])
+            fits = "" if self.disk.fits else ": too little, quantize will refuse"
+            disk += f", and {self.disk.folder} has {self.disk.free:,} free{fits}"
+        return [
+            f"  bytes now  {_listed(self.before)}",
+            f"  bytes then {_listed(self.after)}",
+            f"  disk       {disk}",
+            f"  time       {self.time.kind} on this CPU: {self.time.formula} ({self.time.assumption})",
+        ]
 
 
 def budget_of(source: Source, plan: Plan, recipe: Recipe, tokens: int, output: str | Path | None = None) -> Budget:
@@ -196,7 +202,7 @@ def time_class(
     if weights:
         seconds += weights / rates.weights
         parts.insert(1, f"{weights:,} weights at {rates.weights:.1e} a second")
-    assumption = "disk assumed, rates of the CPU just measured" if len(parts) > 1 else "disk assumed"
+    assumption = "the disk's rate is assumed" + (", the CPU's just measured" if len(parts) > 1 else "")
     kind = next((name for name, limit in CLASSES if seconds < limit), "days")
     return Time(kind, seconds, " + ".join(parts), assumption)
 
@@ -211,8 +217,8 @@ def passes(recipe: Recipe) -> int:
 def block_parameters(source: Source, plan: Plan) -> int:
     """Parameters of two or more axes that one token meets in the blocks; of experts as many as it is sent to.
 
-    A block that runs again counts again, one that no text reaches doesn't. Where the config doesn't say how many
-    experts a token is sent to, all are counted.
+    A block that runs again counts again, one that no text reaches doesn't. All experts are counted where the config
+    doesn't say how many a token is sent to, and where each is a module of its own.
     """
     findings = plan.findings
     experts = {name for name, use in raw_uses(findings) if use.expert_axis is not None}
@@ -231,27 +237,35 @@ def block_parameters(source: Source, plan: Plan) -> int:
 
 
 def rates_of_this_machine(scheme: Scheme | None) -> Rates:
-    """How fast this machine is now, with the threads that torch has: measured for some tenths of a second."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(512, 512, generator=generator), torch.randn(512, 512, generator=generator)
-    operations = 2 * 512**3 / _fastest(lambda: left @ right)
-    if scheme is None:
-        return Rates(operations, 0.0)
-    rows = BLOCK if scheme.weight_granularity == "block" else 16
+    """How fast this machine is now, measured for some tenths of a second: a thread's rate, times torch's threads.
+
+    A single thread is measured because work as short as this tells nothing of several on a machine that is busy: they
+    wait for each other.
+    """
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    left, right = torch.randn(SIZE, SIZE, generator=generator), torch.randn(SIZE, SIZE, generator=generator)
+    rows = BLOCK if scheme is not None and scheme.weight_granularity == "block" else 16
     sample = torch.randn(rows, 8 * BLOCK, generator=generator)
-    return Rates(operations, sample.numel() / _fastest(lambda: quantize_linear(sample, scheme, torch.float32)))
+    torch.set_num_threads(1)
+    try:
+        operations = 2 * SIZE**3 / _fastest(lambda: left @ right)
+        weights = 0.0
+        if scheme is not None:
+            weights = sample.numel() / _fastest(lambda: quantize_linear(sample, scheme, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    return Rates(operations * threads, weights * threads)
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs."""
-    ended, best = time.perf_counter() + MEASURED, float("inf")
-    while True:
+    """Seconds of the fastest of some runs; the first, which may have to get ready, counts when there is no other."""
+    ended = time.perf_counter() + MEASURED
+    runs: list[float] = []
+    while not runs or time.perf_counter() < ended:
         started = time.perf_counter()
         work()
-        now = time.perf_counter()
-        best = min(best, now - started)
-        if now >= ended:
-            return best
+        runs.append(time.perf_counter() - started)
+    return min(runs)
 
 
 def _searches(recipe: Recipe) -> bool:

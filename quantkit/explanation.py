@@ -66,8 +66,8 @@ def _group_to_dict(group: Group) -> dict[str, Any]:
     }
 
 
-def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool) -> str:
-    """The plan on a screen; `explain` adds what was seen of every kind of block."""
+def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool, more: Sequence[str] = ()) -> str:
+    """The plan on a screen, with `more` lines in it; `explain` adds what was seen of every kind of block."""
     form = "float" if plan.layout is None else plan.layout.NAME
     lines = [f"{model}: {', '.join(map(str, recipe.steps))}, as {form}"]
     counts: dict[str, int] = {}
@@ -84,7 +84,7 @@ def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool) -> st
         lines.append(f"  smoothing  {groups} groups found (each is proven on the weights when it is folded)")
     lines += [f"  servers    {verdict.headline()}" for verdict in _servers(plan, recipe, model)]
     lines += [f"  note: {note}" for note in plan.notes]
-    return "\n".join([*lines, *(_explained(plan) if explain else [])])
+    return "\n".join([*lines, *more, *(_explained(plan) if explain else [])])
 
 
 def _explained(plan: Plan) -> list[str]:

@@ -141,10 +141,10 @@ class Remote:
         # A packed answer would have ranges of its own.
         headers |= {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
         with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT) as response:
-            if response.status_code == BEYOND_THE_END:
-                return b"", start
             if response.is_error:
                 response.read()
+                if response.status_code == BEYOND_THE_END:
+                    return b"", start
                 hf_raise_for_status(response)
             place = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
             first, last, size = map(int, place.groups()) if place else (-1, -1, -1)

@@ -12,7 +12,12 @@ from quantkit.cli.options import CONTEXT, hub_options, json_option, recipe_optio
 @click.option(
     "--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration windows, for the time."
 )
-@click.option("--seq-len", type=int, metavar="N", help="Tokens of a window. [default: 2048, or the model's context]")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of a window. [default: 2048, or the model's context]",
+)
 @click.option("--explain", is_flag=True, help="Say what the data flow showed, group by group.")
 @hub_options
 @json_option
@@ -39,5 +44,4 @@ def command(model: str, explain: bool, as_json: bool, **options: object) -> None
 
         say(json.dumps(plan_to_dict(made, recipe, model) | {"budget": budget.to_dict()}, indent=2))
     else:
-        say(plan_to_text(made, recipe, model, explain=explain))
-        say(budget.to_text())
+        say(plan_to_text(made, recipe, model, explain=explain, more=budget.lines()))
