@@ -1,14 +1,14 @@
 """What `quantize` finds out about a model on the hub before it downloads it, held against the server's log."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import hub_server
 import pytest
-from hub_client import asked_bytes, do_not_wait, header_length, point_to
+from hub_client import asked_bytes, contents, do_not_wait, header_length, said
 from hub_server import HubServer
 
 from quantkit import quantize
@@ -20,23 +20,8 @@ NAME = "org/tiny"
 OTHERS = ("config.json", "tokenizer.json", "LICENSE")
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as running:
-        point_to(running.endpoint, monkeypatch, tmp_path / "home")
-        yield running
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 def weights(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "quantkit"]
 
 
 def refused(output: Path, **words: Any) -> str:

@@ -5,12 +5,12 @@ HF_TOKEN point there.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_client import do_not_wait, point_to
+from hub_client import contents
 from hub_server import Account, HubServer
 
 from quantkit.checkpoint import Hub, resolve
@@ -21,24 +21,8 @@ NAME = "org/tiny"
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as running:
-        point_to(running.endpoint, monkeypatch, tmp_path / "home")
-        yield running
-
-
-@pytest.fixture
 def folder(model_folder: Callable[[str], Path]) -> Path:
     return model_folder("llama")
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    return do_not_wait(monkeypatch)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def refused(name: str = NAME, **how: str) -> str:

@@ -6,7 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import hub_server
 import models
 import pytest
 import torch
-from hub_client import asked_bytes, do_not_wait, environment, header_length, point_to
+from hub_client import asked_bytes, contents, environment, header_length, said
 from hub_server import Account, HubServer
 from safetensors.torch import save_file
 
@@ -27,26 +27,6 @@ NAME = "org/tiny"
 STEPS = ("-m", "w8a8")
 SMOOTH = ("-m", "smoothquant", "-m", "w8a8")
 WEIGHTS = r"/(storage|resolve)/.*\.safetensors"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as running:
-        point_to(running.endpoint, monkeypatch, tmp_path / "home")
-        yield running
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    return do_not_wait(monkeypatch)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "quantkit"]
 
 
 def planned(cli: Callable[..., Any], model: object, *words: str) -> str:

@@ -4,7 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 import yaml
-from hub_client import do_not_wait, environment, point_to
+from hub_client import contents, environment
 from hub_server import Account, HubServer
 
 from quantkit import load, push, quantize
@@ -24,25 +24,9 @@ TOKEN = "hf_alice"
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as running:
-        point_to(running.endpoint, monkeypatch, tmp_path / "home")
-        yield running
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    return do_not_wait(monkeypatch)
-
-
-@pytest.fixture
 def out(compressed: Callable[..., Path], tmp_path: Path) -> Path:
     """A finished checkpoint, which may be changed."""
     return models.copy(compressed("w8a8", "llama"), tmp_path / "out")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def refused(folder: Path, repo: str = REPO, **words: Any) -> str:

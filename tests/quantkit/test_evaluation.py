@@ -294,9 +294,9 @@ def test_a_model_on_the_current_gpu_is_on_cuda(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(pairing, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert pairing._place(OnGpu(), None, "cuda") == "cuda"
+    assert pairing.place_of(OnGpu(), None, "cuda") == "cuda"
     with pytest.raises(QuantkitError, match=r"device is cuda:0 and OnGpu is on cuda:1: move it or say device auto"):
-        pairing._place(OnGpu(), None, "cuda:0")
+        pairing.place_of(OnGpu(), None, "cuda:0")
 
 
 # What is refused

@@ -63,3 +63,13 @@ def asked_bytes(server: HubServer, files: dict[str, bytes]) -> int:
         assert last < header_length(files[file]), f"{path} {match[0]} is weights"
         total += last + 1 - first if "/storage/" in path else 0
     return total
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What quantkit has warned of."""
+    return [record.getMessage() for record in caplog.records if record.name == "quantkit"]

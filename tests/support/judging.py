@@ -103,6 +103,7 @@ def _apart(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def divergence(base: nn.Module, model: nn.Module, tokens: torch.Tensor) -> float:
+    """Kullback-Leibler divergence from the base, in nats a token."""
     total = 0.0
     with torch.inference_mode():
         for batch in tokens.split(8):
