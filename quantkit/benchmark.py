@@ -23,11 +23,10 @@ from torch import nn
 
 from quantkit import errors
 from quantkit.checkpoint import Hub, read_config, resolve
-from quantkit.devices import pick_device
 from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.loading import DTYPES
 from quantkit.measuring import CACHES, Subject, Task, request_line
-from quantkit.pairing import Model, name_of, same_place
+from quantkit.pairing import Model, name_of, place_of, refuse_elsewhere
 from quantkit.progress import Steps
 from quantkit.shards import ShardReader
 from quantkit.version import __version__
@@ -49,6 +48,7 @@ def benchmark(
     baseline_dtype: str | None = None,
     cache: str = "auto",
     backend: str = "auto",
+    keep_decoded: bool = False,
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -74,6 +74,8 @@ def benchmark(
         cache: auto, dynamic or static: the key-value cache. auto is static, and compiled, on a GPU where transformers
             offers that for the model.
         backend: auto, triton or torch: what compressed layers run on.
+        keep_decoded: on a CPU, keep weights that would be decoded at every call as they are decoded (`quantkit.load`);
+            the memory that this takes is in the figures.
         device: auto, cpu, cuda or cuda:N.
         threads: threads of a CPU, by default what torch chooses.
         seed: seed of the prompts' token ids.
@@ -88,8 +90,14 @@ def benchmark(
     """
     numbers = {"prompt_tokens": prompt_tokens, "batch": batch, "runs": runs, "threads": threads}
     _check_arguments(numbers, new_tokens, seed, {"dtype": dtype, "baseline_dtype": baseline_dtype}, cache, backend)
+    if keep_decoded and isinstance(model, nn.Module):
+        raise QuantkitError(
+            "keep_decoded is for models that are loaded: call quantkit.modules.keep_decoded(model) before"
+        )
     hub = Hub(revision, token, cache_dir, trust_remote_code)
-    place = _place(model, baseline, device)
+    place = place_of(model, baseline, device)
+    in_memory = [given for given in (model, baseline) if isinstance(given, nn.Module)]
+    refuse_elsewhere(in_memory, torch.device(place), f"what is compared is to be on {place}")
     folder = _folder(model, hub)
     notes: list[str] = []
     if baseline is None:
@@ -102,12 +110,13 @@ def benchmark(
             (baseline, "baseline", base_folder, each) for each in _baseline_dtypes(baseline, baseline_dtype, place)
         ]
     _refuse_too_little_memory([(where, each) for _, _, where, each in given if where is not None], place)
-    common = (place, backend, cache, prompt_tokens, new_tokens, batch, seed, threads, trust_remote_code)
+    common = (cache, prompt_tokens, new_tokens, batch, seed, threads, trust_remote_code)
     with ExitStack() as stack:
         contenders = []
         steps = stack.enter_context(Steps("benchmark", len(given) * (runs + 1), "run", disable=not progress))
         for source, role, where, each in given:
-            task = Task(name_of(source), "" if where is None else str(where), each, *common)
+            kept = keep_decoded and role == "model"
+            task = Task(name_of(source), "" if where is None else str(where), each, place, backend, kept, *common)
             contenders.append(stack.enter_context(_contender(source, role, task, hub)))
             steps.advance()
         _check_vocabularies(contenders)
@@ -306,22 +315,6 @@ def _check_arguments(
     for name, word, known in (("cache", cache, CACHES), ("backend", backend, BACKENDS)):
         if word not in known:
             raise QuantkitError(f"{name} is {word!r}: expected one of {', '.join(known)}")
-
-
-def _place(model: Any, baseline: Any, device: str) -> str:
-    """The device that all models are on: with auto, that of a model in memory."""
-    in_memory = [given for given in (model, baseline) if isinstance(given, nn.Module)]
-    if device == "auto" and in_memory:
-        device = str(in_memory[0].device)
-    place = pick_device(device)
-    current = torch.cuda.current_device() if place.type == "cuda" else 0
-    for given in in_memory:
-        if not same_place(place, torch.device(str(given.device)), current):
-            raise QuantkitError(
-                f"{name_of(given)} is on {given.device} and the comparison is to be on {place}: move it, or say device "
-                "auto and give the others on the same device"
-            )
-    return str(place)
 
 
 def _folder(model: Any, hub: Hub) -> Path | None:

@@ -28,7 +28,7 @@ from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.experts import quantized_experts
 from quantkit.loading import load
 from quantkit.memory import peak_memory_bytes
-from quantkit.modules import QuantizedLinear
+from quantkit.modules import Decoded, QuantizedLinear
 from quantkit.pairing import Model, context_length, vocabulary
 
 CACHES = ("auto", "dynamic", "static")
@@ -44,6 +44,7 @@ class Task:
         dtype: dtype of what isn't compressed, or None for what the checkpoint says.
         device: `cpu`, `cuda` or `cuda:N`.
         backend: `auto`, `triton` or `torch`.
+        keep_decoded: on a CPU, keep weights as they are decoded.
         cache: `auto`, `dynamic` or `static`: the key-value cache of decoding.
         prompt_tokens: tokens of a prompt.
         new_tokens: steps after it; 0 measures none.
@@ -58,6 +59,7 @@ class Task:
     dtype: str | None
     device: str
     backend: str
+    keep_decoded: bool
     cache: str
     prompt_tokens: int
     new_tokens: int
@@ -246,6 +248,8 @@ def weight_bytes(model: nn.Module) -> int:
             if tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
                 held[str(tensor.device), storage.data_ptr()] = storage.nbytes()
+            elif tensor.is_mkldnn:  # which has no storage that torch knows
+                held["mkldnn", id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(held.values())
 
 
@@ -254,6 +258,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
+        elif isinstance(value, Decoded):
+            yield value.weight
         elif isinstance(value, dict):
             yield from _tensors(list(value.values()))
         elif isinstance(value, (list, tuple)):
@@ -324,6 +330,7 @@ def _loaded(task: Task) -> Subject:
             device=task.device,
             dtype=task.dtype,
             backend=task.backend,
+            keep_decoded=task.keep_decoded,
             trust_remote_code=task.trust_remote_code,
         )
     return Subject(model, task)

@@ -36,6 +36,7 @@ MIB = 2**20
     show_default=True,
     help="The key-value cache; auto is static, and compiled, on a GPU where transformers offers it.",
 )
+@click.option("--keep-decoded", is_flag=True, help="On a CPU, keep weights that were decoded.")
 @click.option("--threads", type=int, metavar="N", help="Threads of a CPU. [default: what torch chooses]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the prompts' token ids.")
 @backend_option

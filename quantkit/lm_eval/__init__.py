@@ -89,7 +89,7 @@ class Model(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, nn.Module):
             model, home = pretrained, getattr(pretrained, "name_or_path", None)
         else:
-            hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+            hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
             kind = None if dtype == "auto" else dtype
             model = load(pretrained, device or "auto", kind, backend, trust_remote_code=trust_remote_code, **hub)
             home = resolve(pretrained, Hub(revision, token, cache_dir, trust_remote_code))

@@ -18,6 +18,7 @@ from quantkit.benchmark import _Process, _recorded_baseline, benchmark, ratios
 from quantkit.cli.bench import table
 from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.measuring import Subject, Task, prompt_ids, request_line, weight_bytes
+from quantkit.modules import QuantizedLinear
 
 SHORT = {"prompt_tokens": 8, "new_tokens": 3, "runs": 2, "device": "cpu", "progress": False}
 LINEARS = 14
@@ -25,6 +26,7 @@ LINEARS = 14
 
 def task(**changes):
     words = {"name": "m", "folder": "", "dtype": None, "device": "cpu", "backend": "auto", "cache": "auto"}
+    words |= {"keep_decoded": False}
     words |= {"prompt_tokens": 8, "new_tokens": 3, "batch": 1, "seed": 0, "threads": None, "trust_remote_code": False}
     return Task(**(words | changes))
 
@@ -371,3 +373,26 @@ def test_the_baseline_of_a_report_is_the_same_model_or_none(compressed, model_fo
     for damaged in ("[", "[]", "{}"):
         with pytest.raises(CheckpointError, match=r"quantkit_report\.json is damaged .*: give the float model with"):
             _recorded_baseline(report(folder, damaged))
+
+
+# Weights that are kept decoded
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "w8a8"])
+def test_weights_that_are_kept_decoded_are_weighed(compressed, recipe, caplog):
+    """Two bytes a weight in bfloat16, which load() keeps of all layers but those that multiply int8 with int8."""
+    folder = compressed(recipe, "llama")
+    weights = {}
+    for keep in (False, True):
+        subject = Subject(quantkit.load(folder, dtype="bfloat16", keep_decoded=keep), task(keep_decoded=keep))
+        subject.warm_up()
+        weights[keep] = weight_bytes(subject.model)
+    layers = [each for each in subject.model.modules() if isinstance(each, QuantizedLinear)]
+    decoded = 0 if recipe == "w8a8" else 2 * sum(each.in_features * each.out_features for each in layers)
+    assert weights[True] - weights[False] == decoded
+    assert ("keep_decoded is unused" in caplog.text) == (recipe == "w8a8")
+
+
+def test_a_model_in_memory_is_not_made_to_keep_decoded_weights(compressed):
+    with pytest.raises(QuantkitError, match="keep_decoded is for models that are loaded"):
+        benchmark(quantkit.load(compressed("fp8", "llama")), keep_decoded=True, **SHORT)
