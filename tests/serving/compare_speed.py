@@ -220,9 +220,22 @@ def serve_quantkit(folder: str, dtype: str, options: argparse.Namespace) -> Any:
     torch.set_num_threads(options.threads)
     quiet_transformers()
     model = quantkit.load(folder, dtype=None if dtype == "auto" else dtype)
-    sizes = (options.prompt_tokens, options.new_tokens, 1, SEED, options.threads)
-    subject = Subject(model, Task(folder, "", None, "cpu", "auto", options.cache, *sizes, False), CLOCKS[options.clock])
-    return subject.run
+    task = Task(
+        name=folder,
+        folder="",
+        dtype=None,
+        device="cpu",
+        backend="auto",
+        keep_decoded=False,
+        cache=options.cache,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        batch=1,
+        seed=SEED,
+        threads=options.threads,
+        trust_remote_code=False,
+    )
+    return Subject(model, task, CLOCKS[options.clock]).run
 
 
 def serve_vllm(folder: str, dtype: str, options: argparse.Namespace) -> Any:
