@@ -15,21 +15,25 @@ from typing import TYPE_CHECKING, Any
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
+    from quantkit.benchmark import benchmark
     from quantkit.evaluation import evaluate
     from quantkit.loading import load
     from quantkit.pipeline import quantize
+    from quantkit.publishing import push
     from quantkit.recipe import Recipe
     from quantkit.report import Report
 
 _HOME = {
     "Recipe": "quantkit.recipe",
     "Report": "quantkit.report",
+    "benchmark": "quantkit.benchmark",
     "evaluate": "quantkit.evaluation",
     "load": "quantkit.loading",
+    "push": "quantkit.publishing",
     "quantize": "quantkit.pipeline",
 }
 
-__all__ = ["Recipe", "Report", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["Recipe", "Report", "__version__", "benchmark", "evaluate", "load", "push", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,18 +24,22 @@ from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.exploration import outermost_lists, without_cache
 from quantkit.journal import Journal
-from quantkit.memory import give_back_memory
+from quantkit.memory import Excess
 from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe
 from quantkit.smoothing import Inputs, Proof, Smoother, fold_in
 from quantkit.streaming import LazyModel, StoredWeights
-from quantkit.targets import tensor_specs
-from quantkit.watching import ForcedRouting, Watch
+from quantkit.targets import counted, tensor_specs
+from quantkit.watching import ForcedRouting, Latest, See, Watch, product_dtype
 
-BATCH_TOKENS = 2048
-"""Windows of a batch hold this many tokens together (one window at least)."""
+BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Windows of a batch hold this many tokens together (one window at least). On a CPU what a block makes of so few stays
+in its cache, and a process's memory is not full of it."""
+
+EXCESS = 128 * 2**20
+"""While a block's batches run, so much memory may be added before what is free is given back."""
 
 FEW_TOKENS = 32
 """An expert that fewer calibration tokens were sent to is shown all tokens of the first batch."""
@@ -72,7 +76,7 @@ def compress_calibrated(
     """
     forget_embeddings: Callable[[], None]
     work = _Work(plan, recipe, source, journal, device)
-    size = max(1, BATCH_TOKENS // windows.shape[1])
+    size = max(1, BATCH_TOKENS[device.type] // windows.shape[1])
     # The first window is a batch by itself: folds are proven on it, one run of the block for each.
     parts = [windows[:1], *torch.split(windows[1:], size)] if len(windows) > 1 else [windows]
     batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in parts]
@@ -91,7 +95,13 @@ def compress_calibrated(
         forget_embeddings()
         block = work.block(index, calls)
         track(index)
-        return block
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = block(*args, **kwargs)
+            work.excess.watch()
+            return output
+
+        return run
 
     with torch.no_grad(), work.lazy.hooked(), work.lazy.embeddings() as forget_embeddings:
         if plan.findings.reads_outside:
@@ -120,6 +130,7 @@ class _Work:
         self.stages = {stage.name: stage for stage in plan.stages}
         self.looped = len(plan.findings.order) > len(set(plan.findings.order))
         self.done = Outcome()
+        self.excess = Excess(EXCESS)
         self._scales: dict[str, torch.Tensor] = {}
         self._undo: dict[int, list[Callable[[], None]]] = {}
 
@@ -165,6 +176,8 @@ class _Work:
         if self.scheme is not None and self.scheme.is_static and axes:
             worked.input_scales = self._scales = self._static_scales(name, block, calls, axes)
             state |= {SCALE + path: scale for path, scale in self._scales.items()}
+        if self.scheme is not None and self.scheme.outlier_columns is not None and axes:
+            worked.outlier_columns = self._outlier_columns(name, block, calls, axes)
         kept: Kept = {}
         stage = self.stages.get(name)
         if stage is not None:
@@ -185,7 +198,9 @@ class _Work:
             self._settle(name, block, changed, axes)
         self._scales = {key.removeprefix(SCALE): value for key, value in state.items() if key.startswith(SCALE)}
         stage, layout = self.stages.get(name), self.plan.layout
-        found = [self.plan.targets[key] for key in (stage.keys if stage else ()) if key in self.plan.targets]
+        done = self.journal.finished(name)
+        targets = {key: self.plan.targets[key] for key in (stage.keys if stage else ()) if key in self.plan.targets}
+        found = counted(targets, done.layers if done is not None else ()).values()
         return {
             target.module: {
                 full.removeprefix(target.prefix): self.writer.read(full).to(self.device)
@@ -200,7 +215,7 @@ class _Work:
         for step in self._undo.pop(index):
             step()
         self.lazy.empty(self.name(index), self.model.get_submodule(self.name(index)))
-        give_back_memory()
+        self.excess.give_back()
 
     def _smooth(
         self,
@@ -227,11 +242,14 @@ class _Work:
         fed = {path: axis for path, axis in consumers.items() if path in axes or not self.plan.targets}
         if not fed:
             return {}
-        self._observe(name, block, calls, fed, inputs)
-        proof = Proof(lambda: _output(block, calls), [p for _, p in block.named_parameters()])
-        dtypes = self._dtypes(name, block)
-        smoother = Smoother(name, block, alpha, self.scheme, fed, dtypes, proof)
-        self.done.groups += [smoother.fold(group, inputs) for group in structure.groups]
+        stored = {self.source.weights.tensors[key].dtype for path in fed for key in self._sources[f"{name}.{path}"]}
+        dtype = product_dtype(stored.pop(), self.device) if len(stored) == 1 else None
+        before = self._observe(name, block, calls, fed, inputs, dtype)
+        self.excess.give_back()
+        proof = Proof(lambda: _output(block, calls), [p for _, p in block.named_parameters()], before)
+        restore = None if worked.changed else partial(self.lazy.fill, name, block)
+        smoother = Smoother(name, block, alpha, self.scheme, fed, self._dtypes(name, block), proof, restore)
+        self.done.groups += smoother.fold_all(structure.groups, inputs)
         for path in self._settle(name, block, smoother.changed, axes):
             worked.changed[path] = self.model.get_parameter(path).detach()
         places = {id(group): position for position, group in enumerate(structure.groups)}
@@ -260,12 +278,22 @@ class _Work:
         found = {path: keys.get(f"{name}.{path}") for path, _ in block.named_parameters()}
         return {path: stored[key].dtype for path, key in found.items() if key is not None}
 
-    def _observe(self, name: str, block: nn.Module, calls: Calls, axes: dict[str, int], inputs: Inputs) -> None:
-        """Run the windows through the float block; experts that few tokens were sent to see all of the first batch."""
+    def _observe(
+        self,
+        name: str,
+        block: nn.Module,
+        calls: Calls,
+        axes: dict[str, int],
+        inputs: Inputs,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Run the windows through the float block; what it gives for the first batch, in full and in float32.
+
+        The batches after the first compute the products in `dtype`. Experts that few tokens were sent to see all of the
+        first batches.
+        """
         watched = {path: (block.get_parameter(path), axis) for path, axis in axes.items()}
-        with Watch(watched, inputs.see):
-            for call in calls:
-                block(*call.args, **call.kwargs)
+        output = self._watched(block, calls, watched, inputs.see, dtype)
         experts = {path: value.shape[0] for path, (value, _) in watched.items() if value.ndim == 3}
         for count in set(experts.values()):
             paths = [path for path, size in experts.items() if size == count]
@@ -277,6 +305,7 @@ class _Work:
                     f"experts {_listed(rare)} of {name} were sent fewer than {FEW_TOKENS} calibration tokens, "
                     f"and are calibrated {how}"
                 )
+        return output
 
     @staticmethod
     def _show(
@@ -304,6 +333,28 @@ class _Work:
             rare = rare[routing.taken :]  # they have met enough, or every token there is
         return True
 
+    def _watched(
+        self,
+        block: nn.Module,
+        calls: Calls,
+        parameters: Mapping[str, tuple[torch.Tensor, int]],
+        see: See,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Run a block for all batches and tell what meets its parameters; what it gives for the first batch.
+
+        The first batch is run in full and as it is. Where each parameter met one product there, the others are run as
+        far as their last; they compute these products in `dtype`.
+        """
+        first = Watch(parameters, see)
+        with first:
+            output = _output(block, calls)
+        rest = Watch(parameters, see, stop=first.once_each, dtype=dtype)
+        for call in calls.after(1):
+            rest.of(partial(block, *call.args, **call.kwargs))
+            self.excess.watch()
+        return output
+
     def _static_scales(
         self, name: str, block: nn.Module, calls: Calls, axes: dict[str, int]
     ) -> dict[str, torch.Tensor]:
@@ -312,15 +363,19 @@ class _Work:
         kind, dtype = self.scheme.activation_range, getattr(torch, str(self.scheme.activation_dtype))
         ranges = {path: TensorRange(histogram=kind != "absmax") for path in axes}
         watched = {path: (block.get_parameter(path), axis) for path, axis in axes.items()}
-        met: set[str] = set()
+
+        def range_of(x: torch.Tensor) -> TensorRange:
+            found = TensorRange(histogram=kind != "absmax")
+            found.update(x)
+            return found
+
+        latest, met = Latest(range_of), set[str]()
 
         def see(path: str, expert: int | None, x: torch.Tensor) -> None:
             met.add(path)
-            ranges[path].update(x)
+            ranges[path].merge(latest(x))
 
-        with Watch(watched, see):
-            for call in calls:
-                block(*call.args, **call.kwargs)
+        self._watched(block, calls, watched, see)
         for path in ranges:
             if path not in met:
                 raise QuantkitError(
@@ -334,6 +389,25 @@ class _Work:
 
         found = {path: each.range(kind, QMAX[dtype], encode) / QMAX[dtype] for path, each in ranges.items()}
         return {f"{name}.{path}": torch.tensor([value if value > 0 else 1.0]) for path, value in found.items()}
+
+    def _outlier_columns(
+        self, name: str, block: nn.Module, calls: Calls, axes: dict[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """The columns [O] of each weight in which something reaches the threshold, observed on the block as it is."""
+        assert self.scheme is not None
+        assert self.scheme.threshold is not None
+        inputs = Inputs(keep_rows=False, seed=self.recipe.seed)
+        self._observe(name, block, calls, axes, inputs)
+        found, threshold = {}, torch.tensor(self.scheme.threshold, dtype=torch.float32)
+        for path in axes:
+            largest = inputs.largest(path)
+            if largest is None:
+                raise QuantkitError(
+                    f"{name}.{path.removesuffix('.weight')} met no calibration token, so that its outlier columns are "
+                    "not known; --ignore it, or use llm-int8 without outlier_weight=float"
+                )
+            found[f"{name}.{path}"] = (largest >= threshold.to(largest.device)).nonzero().flatten()
+        return found
 
     def _quantize(self, layers: Sequence[Candidate], kept: Kept) -> list[Callable[[], None]]:
         """Put quantized layers into the block; what takes them out again."""

@@ -14,28 +14,23 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from quantkit.building import bounded
 from quantkit.errors import CheckpointError
+from quantkit.headers import find, weights_of
+from quantkit.hub import Hub as Hub
+from quantkit.hub import download
 from quantkit.shards import PICKLES, ShardReader, TensorInfo
+from quantkit.untrusted import read_json, refuse_adapter, refuse_counts, refuse_elsewhere, refuse_links
 
-WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.h5", "*.msgpack", "*.onnx", "*.gguf", *PICKLES)
+SAFE_FILES = ("*.safetensors", "*.index.json")
+OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.onnx", "*.gguf", *PICKLES)
+WEIGHT_FILES = (*SAFE_FILES, *OTHER_WEIGHTS)
+NOT_FETCHED = (*OTHER_WEIGHTS, "*/*")
+READ_BY_CODE = ("*.py", "*.json")
+NOT_READ_BY_CODE = (*WEIGHT_FILES, "*token*", "vocab*")
 log = logging.getLogger("quantkit")
 
 NOT_COPIED = ("config.json", "README.md", "quantkit_*.json", ".*", *WEIGHT_FILES)
-
-
-@dataclass(frozen=True)
-class Hub:
-    """How to find a model on the hub, with huggingface_hub's words."""
-
-    revision: str | None = None
-    token: str | None = None
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def download(self) -> dict[str, Any]:
-        """The keyword arguments that huggingface_hub takes."""
-        return {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
 
 
 class Tensors(Protocol):
@@ -63,6 +58,11 @@ class Source:
         config: config.json as it stands.
         skeleton: the model without weights.
         weights: the weights by checkpoint name.
+        tokenizer: of a model in memory, a tokenizer to be saved beside it.
+        generation_config: of a model in memory.
+        files: what else lies in the folder and goes along: tokenizer, licence, code.
+        copied_bytes: the bytes of these files, also where only the hub has them yet.
+        whole: whether all of its files are here.
     """
 
     name: str
@@ -73,6 +73,8 @@ class Source:
     tokenizer: Any = None
     generation_config: dict[str, Any] | None = None
     files: list[Path] = field(default_factory=list)
+    copied_bytes: int = 0
+    whole: bool = True
 
 
 def quiet_transformers() -> None:
@@ -89,6 +91,19 @@ def resolve(model: str | Path, hub: Hub) -> Path:
     Raises:
         CheckpointError: neither a folder nor a hub id that can be had.
     """
+    place = _locate(model, hub)
+    return place if isinstance(place, Path) else _checked(download(place, hub, NOT_FETCHED))
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, or CheckpointError when it isn't a model on its own: a link leads out, or an adapter lies in it."""
+    refuse_links(folder)
+    refuse_adapter(folder)
+    return folder
+
+
+def _locate(model: str | Path, hub: Hub) -> Path | str:
+    """A model's folder, or the hub id that it must be."""
     if not isinstance(model, (str, Path)):
         raise CheckpointError(f"{model!r} is no model; give a folder, a hub id, or a transformers model in memory")
     text = str(model)
@@ -97,7 +112,7 @@ def resolve(model: str | Path, hub: Hub) -> Path:
         if path.is_dir():
             if hub.revision is not None:
                 log.warning("--revision %s is unused: %s is a folder, not a hub id", hub.revision, text)
-            return path
+            return _checked(path)
         exists = path.exists()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{text} cannot be opened ({error}); give a model's folder, or a hub id") from error
@@ -106,14 +121,7 @@ def resolve(model: str | Path, hub: Hub) -> Path:
         raise CheckpointError(
             f"{text} {kind}; give a folder with config.json and weights, or a hub id with its owner, like org/name"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        skip = [pattern for pattern in WEIGHT_FILES if pattern not in ("*.safetensors", "*.index.json")]
-        return Path(snapshot_download(text, ignore_patterns=[*skip, "*/*"], **hub.download))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{text} is no folder, and the hub does not give it: {reason}") from error
+    return text
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -125,12 +133,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); mend or download it again") from error
+    config = read_json(path, "mend or download it again")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object; mend or download it again")
+    refuse_counts(config, path)
     return config
 
 
@@ -149,12 +155,47 @@ def open_folder(model: str | Path, hub: Hub, dequantize: Dequantize | None = Non
         CheckpointError: no config, not a causal language model, compressed already, or shards missing or damaged.
     """
     folder = resolve(model, hub)
+    return _source(str(model), folder, hub, dequantize, lambda: ShardReader(folder))
+
+
+def open_headers(model: str | Path, hub: Hub, dequantize: Dequantize | None = None) -> Source:
+    """The source of a folder or hub id, whose weights may be known by names, shapes and dtypes alone.
+
+    Of a model on the hub only config.json, the headers of its shards and, where it is trusted, its code are fetched,
+    and a line on stderr says how much that was. What is in the cache is taken from there. Arguments and errors are
+    those of `open_folder`; a weight that isn't in the cache cannot be read (NoPartsError).
+    """
+    place = _locate(model, hub)
+    found = place if isinstance(place, Path) else find(place, hub, NOT_FETCHED)
+    if isinstance(found, Path):
+        return _source(str(model), _checked(found), hub, dequantize, lambda: ShardReader(found))
+    if "config.json" not in found.sizes:
+        raise CheckpointError(f"{found.name} has no config.json on the hub; give a Hugging Face model")
+    folder = found.file("config.json").parent
+    if hub.trust_remote_code:
+        for file in found.sizes:
+            if _matches(file, READ_BY_CODE) and not _matches(file, NOT_READ_BY_CODE):
+                found.file(file)
+    try:
+        source = _source(str(model), folder, hub, dequantize, lambda: weights_of(found, folder))
+    finally:
+        found.say()
+    source.whole = not found.missing
+    source.copied_bytes = sum(size for file, size in found.sizes.items() if not _matches(file, NOT_COPIED))
+    return source
+
+
+def _source(
+    name: str, folder: Path, hub: Hub, dequantize: Dequantize | None, open_weights: Callable[[], Tensors]
+) -> Source:
+    """The source of a folder that holds a config, and weights from wherever they are opened."""
     config = read_config(folder)
-    refuse_unfit(config, str(model), hub, compressed=dequantize is not None)
-    weights = ShardReader(folder)
-    skeleton = build_skeleton(folder, hub)
+    refuse_unfit(config, name, hub, compressed=dequantize is not None)
+    weights = open_weights()
+    skeleton = build_skeleton(folder, hub, weights)
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not _matches(path.name, NOT_COPIED)]
-    source = Source(str(model), folder, config, skeleton, weights, files=files)
+    copied_bytes = sum(path.stat().st_size for path in files)
+    source = Source(name, folder, config, skeleton, weights, files=files, copied_bytes=copied_bytes)
     if dequantize is not None and compressed_as(config) is not None:
         source.weights, source.config = dequantize(source)
     return source
@@ -204,8 +245,13 @@ def refuse_unfit(config: dict[str, Any], name: str, hub: Hub, *, compressed: boo
 
 
 def refuse_untrusted(config: dict[str, Any], name: str, hub: Hub) -> None:
-    """Return nothing; raise CheckpointError for a model that only code in its folder can build, unless it's trusted."""
+    """Return nothing; raise CheckpointError for a model that only code in its folder can build, unless it's trusted.
+
+    So is one whose config names weights elsewhere, or code on the hub.
+    """
     from transformers import CONFIG_MAPPING
+
+    refuse_elsewhere(config, name, trusted=hub.trust_remote_code)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *CONFIG_MAPPING._extra_content}
@@ -232,11 +278,17 @@ def _registered() -> set[str]:
     return found
 
 
-def build_skeleton(folder: Path, hub: Hub) -> nn.Module:
+def build_skeleton(folder: Path, hub: Hub, weights: Tensors | None = None) -> nn.Module:
     """The model of a folder on the meta device: parameters without storage, buffers real.
 
+    Args:
+        folder: where its config and code are.
+        hub: whether the code is trusted.
+        weights: its weights; None for those in the folder.
+
     Raises:
-        CheckpointError: transformers can't build it, or only with code that isn't trusted.
+        CheckpointError: transformers can't build it, or only with code that isn't trusted; or its config asks for far
+            more than the weights can fill.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig
@@ -247,9 +299,13 @@ def build_skeleton(folder: Path, hub: Hub) -> nn.Module:
         for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
             if hasattr(each, "quantization_config"):
                 del each.quantization_config  # the model is that of the float weights, also where they were compressed
-        with init_empty_weights(include_buffers=False):
+        weights = weights or ShardReader(folder)
+        sizes = bounded(len(weights.tensors), weights.nbytes, str(folder))
+        with sizes, init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, trust_remote_code=hub.trust_remote_code)
         model.tie_weights()
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a config's values do to transformers
         reason = " ".join(str(error).split()) or repr(error)
         raise CheckpointError(f"transformers cannot build the model of {folder}: {reason}") from error
@@ -423,10 +479,12 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     folder = resolve(model, Hub(revision, token, cache_dir, trust_remote_code))
+    if (folder / "config.json").exists():
+        read_config(folder)  # which transformers reads too, to know what tokenizer it needs
     if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")) and not any(folder.glob("*.model")):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever the files' values do to transformers
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error

@@ -239,6 +239,7 @@ class _Finder:
         mapping = get_model_conversion_mapping(model) or []
         self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.converters += _named_after_targets(self.converters)
         self.model, self.tensors = model, tensors
         self.state = {**model.state_dict(), **dict(model.named_buffers())}
         self.leaves: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
@@ -360,6 +361,26 @@ class _Finder:
         ]:
             raise CheckpointError(f"{first!r} could not be saved again as it is on disk; use another transformers")
         return plan.swapped
+
+
+def _named_after_targets(converters: Iterable[Any]) -> list[Any]:
+    """Converters of experts whose layers are named after the parameter that they make together.
+
+    llm-compressor 0.14 splits a parameter `gate_up_proj` into layers `gate_proj` and `up_proj` and saves them by these
+    names, whatever the architecture calls them on disk (Mixtral: `w1` and `w3`).
+    """
+    converters, found = list(converters), []
+    known = {source for each in converters for source in each.source_patterns}
+    for each in converters:
+        *words, kind = each.target_patterns[0].rpartition(".")[2].split("_")
+        sources = [
+            re.sub(r"\.\*\.[^.*]+\.weight$", f".*.{word}_{kind}.weight", source)
+            for word, source in zip(words, each.source_patterns, strict=False)
+        ]
+        one_each = len(each.target_patterns) == 1 and len(words) == len(each.source_patterns)
+        if one_each and known.isdisjoint(sources):
+            found.append(type(each)(sources, list(each.target_patterns), each.operations))
+    return found
 
 
 def _on_meta(info: TensorInfo) -> torch.Tensor:

@@ -52,12 +52,15 @@ DEFAULT_BATCH_TOKENS = 2048
 
 def evaluate(
     model: str | Path | Model,
-    dataset: str | Path | Texts,
+    dataset: str | Path | Texts | None = None,
     baseline: str | Path | Model | None = None,
     *,
     seq_len: int | None = None,
     max_tokens: int | None = None,
     tasks: Sequence[str] | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
     backend: str = "auto",
     device: str = "auto",
     batch_size: int | None = None,
@@ -73,11 +76,14 @@ def evaluate(
 
     Args:
         model: a folder, a hub id, or a transformers model in memory (which stays on its device).
-        dataset: a SPEC, or texts that were read already.
+        dataset: a SPEC, or texts that were read already; None where there are tasks alone.
         baseline: the float model to compare with, given like `model`.
         seq_len: tokens of a window; by default the smaller of 2048 and the models' context.
         max_tokens: read only so many tokens from the start.
-        tasks: refused in this version.
+        tasks: names of lm-eval's tasks, which are run as well; it must be installed.
+        include_path: a folder with further tasks for lm-eval.
+        num_fewshot: examples in the prompts of the tasks; by default what each task says.
+        limit: only so many samples of each task.
         backend: auto, triton or torch: what compressed layers run on.
         device: auto, cpu, cuda or cuda:N.
         batch_size: windows (or passages) that go through the model at once; by default some 2048 tokens of them.
@@ -96,34 +102,54 @@ def evaluate(
     sentence each, for what can't be evaluated: see the tests for the list.
     """
     started = time.monotonic()
-    _check_arguments(seq_len, max_tokens, batch_size, tasks)
+    _check_arguments(seq_len, max_tokens, batch_size)
+    if dataset is None and tasks is None:
+        raise DataError(
+            "there is nothing to evaluate on: give a dataset (--dataset SPEC), or tasks of lm-eval (--tasks)"
+        )
+    harness = None if tasks is None else _harness(tasks, include_path, num_fewshot, limit)
     hub = Hub(revision, token, cache_dir, trust_remote_code)
-    texts = (
-        dataset if isinstance(dataset, Texts) else read(dataset, data_dir=data_dir, token=token, cache_dir=cache_dir)
-    )
-    _refuse_calibration_data(model, hub, texts)
-    if tokenizer is None and texts.kind != "tokens":
-        tokenizer = tokenizer_for(model, baseline, hub, texts)
-    tokens = tokenize(texts, tokenizer) if texts.kind != "passages" else None
+    texts = dataset
+    if not (texts is None or isinstance(texts, Texts)):
+        texts = read(texts, data_dir=data_dir, token=token, cache_dir=cache_dir)
+    if texts is not None:
+        _refuse_calibration_data(model, hub, texts)
+    for asked in (texts, Texts(", ".join(tasks or ()), "text", "") if tasks else None):
+        if tokenizer is None and asked is not None and asked.kind != "tokens":
+            tokenizer = tokenizer_for(model, baseline, hub, asked)
+    tokens = tokenize(texts, tokenizer) if texts is not None and texts.kind != "passages" else None
+    measured: dict[str, Any] = {}
     with loaded(model, baseline, hub, device, backend) as pair:
-        length = window_length(pair, seq_len)
-        with torch.inference_mode(), _memory_errors(batch_size, length), position_errors(pair.name, length):
-            if tokens is None:
-                measured = _last_word(pair, texts, tokenizer, length, max_tokens, batch_size, progress)
-            else:
-                measured = _perplexity(pair, tokens, texts.name, length, max_tokens, batch_size, progress)
+        if texts is not None:
+            length = window_length(pair, seq_len)
+            with torch.inference_mode(), _memory_errors(batch_size, length), position_errors(pair.name, length):
+                if tokens is None:
+                    measured = _last_word(pair, texts, tokenizer, length, max_tokens, batch_size, progress)
+                else:
+                    measured = _perplexity(pair, tokens, texts.name, length, max_tokens, batch_size, progress)
+        if harness is not None:
+            measured["tasks"] = harness.run(pair.model, tokenizer, batch_size, progress)
+            if pair.baseline is not None:
+                measured["baseline_tasks"] = harness.run(pair.baseline, tokenizer, batch_size, progress)
         used = backend_in_use(pair.model)
-    head = {"model": pair.name, "dataset": texts.name}
+    head = {"model": pair.name} | ({} if texts is None else {"dataset": texts.name})
     cost = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes(), "backend": used}
     common = ("protocol", "tokens", "perplexity", "perplexity_stderr", "bits_per_byte")
-    result = head | {key: measured.pop(key) for key in common} | cost | measured
+    result = head | {key: measured.pop(key) for key in common if key in measured} | cost | measured
     for key, value in result.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise CheckpointError(
-                f"{key} of {pair.name} on {texts.name} is {value}: the model's predictions are beyond all measure, "
-                "compress it more gently or check its weights"
+                f"{key} of {pair.name} on {head.get('dataset')} is {value}: the model's predictions are beyond all "
+                "measure, compress it more gently or check its weights"
             )
     return result
+
+
+def _harness(tasks: Sequence[str], include_path: str | Path | None, num_fewshot: int | None, limit: int | None) -> Any:
+    """Lm-eval's tasks, which are looked up now; a QuantkitError where it isn't installed."""
+    from quantkit.lm_eval import Tasks
+
+    return Tasks(tasks, include_path, num_fewshot, limit)
 
 
 def check_text(
@@ -139,7 +165,7 @@ def check_text(
     Only the model's config is looked at, so that a model without weights serves as well: a long job can find out at
     once that its result could not be evaluated.
     """
-    _check_arguments(seq_len, max_tokens, None, None)
+    _check_arguments(seq_len, max_tokens, None)
     require_tokenizer(texts, tokenizer, name)
     length = window_length(Pair(model, name, None, ""), seq_len)
     if texts.kind == "passages":
@@ -328,14 +354,7 @@ def _finite(nll: torch.Tensor, name: str) -> torch.Tensor:
 # What goes in
 
 
-def _check_arguments(
-    seq_len: int | None, max_tokens: int | None, batch_size: int | None, tasks: Sequence[str] | None
-) -> None:
-    if tasks is not None:
-        raise QuantkitError(
-            f"tasks is {','.join(tasks)}: this needs lm-eval and isn't available in this version; evaluate on a data "
-            "set such as wikitext2 or lambada"
-        )
+def _check_arguments(seq_len: int | None, max_tokens: int | None, batch_size: int | None) -> None:
     for name, value, least in (("seq_len", seq_len, 2), ("max_tokens", max_tokens, 2), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise DataError(f"{name} is {value}: expected at least {least}")
@@ -349,7 +368,7 @@ def _refuse_calibration_data(model: Any, hub: Hub, texts: Texts) -> None:
         return
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} isn't JSON ({error}): take it from the original again") from error
     if calibrated_with(recipe.get("dataset") if isinstance(recipe, dict) else None, texts):
         raise DataError(

@@ -7,6 +7,7 @@ from typing import Any
 from quantkit.discovery import Group, Structure
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe
+from quantkit.servers import Verdict, of_recipe
 
 
 def plan_to_dict(plan: Plan, recipe: Recipe, model: str) -> dict[str, Any]:
@@ -41,7 +42,16 @@ def plan_to_dict(plan: Plan, recipe: Recipe, model: str) -> dict[str, Any]:
             for each in structure.refusals
         ],
         "notes": list(plan.notes),
+        "servers": [verdict.to_dict() for verdict in _servers(plan, recipe, model)],
     }
+
+
+def _servers(plan: Plan, recipe: Recipe, model: str) -> list[Verdict]:
+    """What servers would do with the result, as far as format and scheme say it."""
+    stored = None
+    if plan.layout is not None and recipe.scheme is not None:
+        stored = plan.layout.config(recipe.scheme, [each.name for each in plan.quantized], plan.ignored)
+    return of_recipe(stored, {}, model, experts=any(each.experts for each in plan.quantized))
 
 
 def _group_to_dict(group: Group) -> dict[str, Any]:
@@ -56,8 +66,8 @@ def _group_to_dict(group: Group) -> dict[str, Any]:
     }
 
 
-def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool) -> str:
-    """The plan on a screen; `explain` adds what was seen of every kind of block."""
+def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool, more: Sequence[str] = ()) -> str:
+    """The plan on a screen, with `more` lines in it; `explain` adds what was seen of every kind of block."""
     form = "float" if plan.layout is None else plan.layout.NAME
     lines = [f"{model}: {', '.join(map(str, recipe.steps))}, as {form}"]
     counts: dict[str, int] = {}
@@ -72,8 +82,9 @@ def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool) -> st
     groups = sum(len(structure.groups) for structure in plan.findings.structures.values())
     if groups:
         lines.append(f"  smoothing  {groups} groups found (each is proven on the weights when it is folded)")
+    lines += [f"  servers    {verdict.headline()}" for verdict in _servers(plan, recipe, model)]
     lines += [f"  note: {note}" for note in plan.notes]
-    return "\n".join([*lines, *(_explained(plan) if explain else [])])
+    return "\n".join([*lines, *more, *(_explained(plan) if explain else [])])
 
 
 def _explained(plan: Plan) -> list[str]:

@@ -4,6 +4,7 @@ The same quantizer serves `quantkit.load` for every format that quantkit reads.
 """
 
 import copy
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -87,6 +88,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         layout, tensors = formats.FORMATS[self.format], read_headers(kwargs.get("checkpoint_files") or ())
         self.conversions = put_layers(model, layout, self.parsed, tensors, self.quantization_config.backend)
         self.stored_names = {f"{name}.{leaf}" for name, layer in quantized_layers(model) for leaf in layer.stored}
+        self.stored_names.update(name for name in tensors if name.rpartition(".")[2] in self.parsed.cache_scales)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
@@ -104,13 +106,16 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in quantized_layers(model):
             for leaf, spec in layer.stored.items():
                 buffer = layer.get_buffer(leaf)
-                right = buffer.dtype in FLOAT_DTYPES if leaf.endswith("scale") else buffer.dtype == spec.dtype
+                any_float = leaf.endswith(("scale", "outlier_weight"))
+                right = buffer.dtype in FLOAT_DTYPES if any_float else buffer.dtype == spec.dtype
                 if not right or tuple(buffer.shape) != spec.shape:
                     raise CheckpointError(
                         f"tensor '{name}.{leaf}' is {buffer.dtype} {list(buffer.shape)} where {spec.dtype} "
                         f"{list(spec.shape)} is expected; the files and their quantization_config don't belong "
                         "together: download both again"
                     )
+            if "outlier_columns" in layer.stored:
+                _check_columns(f"{name}.outlier_columns", layer.get_buffer("outlier_columns"), layer.in_features)
         use_eager_experts(model)
         return model
 
@@ -127,6 +132,16 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Yes: every layer is one op with a schema and a fake."""
         return True
+
+
+def _check_columns(name: str, columns: torch.Tensor, count: int) -> None:
+    """Return nothing; raise CheckpointError when these aren't numbers of columns, each once and in order."""
+    numbers = columns.tolist()
+    if any(one >= other for one, other in itertools.pairwise([-1, *numbers, count])):
+        raise CheckpointError(
+            f"tensor {name!r} does not hold numbers of columns from 0 to {count - 1} in ascending order; "
+            "download the checkpoint again"
+        )
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
@@ -173,6 +188,7 @@ def put_layers(
             _put_experts(model, each, tensors, backend)
     if not count:
         raise CheckpointError("the checkpoint's quantization_config names no linear layer of this model")
+    _hold_cache_scales(model, parsed, tensors)
     return Conversions(tuple(merged), model)
 
 
@@ -211,6 +227,21 @@ def replace_linears(
         model.set_submodule(name, quantized)
         count += 1
     return count
+
+
+def _hold_cache_scales(model: nn.Module, parsed: formats.Layout, tensors: Mapping[str, TensorInfo]) -> None:
+    """Give modules the scales of a server's cache that a checkpoint holds for them, so that they are saved again."""
+    modules = dict(model.named_modules())
+    for key, info in tensors.items():
+        owner, _, leaf = key.rpartition(".")
+        if leaf in parsed.cache_scales:
+            if owner not in modules:
+                raise CheckpointError(
+                    f"tensor {key!r} scales the cache of a layer that this model doesn't have; the files and their "
+                    "config don't belong together: download both again"
+                )
+            empty = torch.empty(info.shape, dtype=info.dtype, device=next(model.parameters()).device)
+            modules[owner].register_buffer(leaf, empty)
 
 
 def _put_experts(model: nn.Module, merged: Merged, tensors: Mapping[str, TensorInfo], backend: str) -> None:

@@ -134,7 +134,7 @@ def inspect_checkpoint(checkpoint: str | Path, hub: Hub | None = None) -> Inspec
     folder = resolve(checkpoint, hub)
     config = read_config(folder)
     weights = ShardReader(folder)
-    skeleton = build_skeleton(folder, hub)
+    skeleton = build_skeleton(folder, hub, weights)
     stored, name, conversions, unfit = config.get("quantization_config"), "float", Conversions(()), list[str]()
     if stored is not None:
         layout = formats.of_config(stored, str(checkpoint))
@@ -264,14 +264,24 @@ def _wrong_values(key: str, weights: Tensors, shape: list[int]) -> list[str]:
         return [f"a scale in {key!r} is not a positive finite number"]
     if leaf == "weight_shape" and weights.get(key).tolist() != shape:
         return [f"{key!r} says {weights.get(key).tolist()} where the layer is {shape}"]
+    if leaf == "outlier_columns" and not _ascending(weights.get(key), shape[1]):
+        return [f"{key!r} does not hold numbers of columns from 0 to {shape[1] - 1} in ascending order"]
+    if leaf == "outlier_weight" and not bool(torch.isfinite(weights.get(key)).all()):
+        return [f"{key!r} holds a number that is not finite"]
     if leaf == "weight_format" and int(weights.get(key)):
         return [f"{key!r} is {int(weights.get(key))} where 0, which means rows, is expected"]
     return []
 
 
+def _ascending(columns: torch.Tensor, count: int) -> bool:
+    """Whether these are numbers of columns below `count`, each once and in order."""
+    bounded = torch.cat([columns.new_tensor([-1]), columns, columns.new_tensor([count])])
+    return bool((bounded.diff() > 0).all())
+
+
 def _is_dtype(found: torch.dtype, expected: torch.dtype, key: str) -> bool:
-    """Whether a tensor has its dtype; a scale may have any float dtype that the ops take."""
-    return found in FLOAT_DTYPES if key.endswith("scale") else found == expected
+    """Whether a tensor has its dtype; a scale, and a column in float, may have any float dtype that the ops take."""
+    return found in FLOAT_DTYPES if key.endswith(("scale", "outlier_weight")) else found == expected
 
 
 def _positive(scale: torch.Tensor, codes: torch.Tensor | None = None) -> bool:

@@ -1,10 +1,13 @@
 """QuantizedLinear: a linear layer that stays packed in memory, with one op call in forward."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
-from quantkit_kernels import ops
+from quantkit_kernels import decoded, ops
+from quantkit_kernels.dispatch import is_plain_call
 from quantkit_kernels.formats import quantize_weight
 from torch import nn
 
@@ -46,11 +49,44 @@ def op_of(scheme: Scheme, packed: bool) -> str:
     return kinds.get(scheme.activation, "linear_dynamic")
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded weight [N, K] that a layer keeps, and what it was made for.
+
+    Attributes:
+        weight: what `quantkit_kernels.decoded.decode_weight` gave.
+        code_dtype: the dtype of the codes.
+        scale: the weight's scale, as the op takes it.
+        dtype: that of the activations.
+        sources: each buffer that it was made from, with its place in memory and its version.
+    """
+
+    weight: torch.Tensor
+    code_dtype: torch.dtype
+    scale: torch.Tensor
+    dtype: torch.dtype
+    sources: tuple[tuple[torch.Tensor, int, int], ...]
+
+    def is_of(self, dtype: torch.dtype, buffers: list[torch.Tensor]) -> bool:
+        """Whether it was made for activations of the dtype, from these buffers as they are now."""
+        return self.dtype == dtype and all(
+            buffer is source and buffer.data_ptr() == place and buffer._version == version
+            for buffer, (source, place, version) in zip(buffers, self.sources, strict=True)
+        )
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer [N, K] whose buffers are the tensors of its format, as they lie on disk.
 
     So `state_dict()` is what was loaded, byte for byte, and nothing is unpacked but inside the op. A change of dtype of
     the module (`model.half()`) changes the bias only: codes and scales keep theirs.
+
+    On a CPU weights in FP8, and weights that alone are quantized, are decoded at every call, and with few tokens that
+    takes longer than the product. `keep_decoded = True` (or `keep_decoded(model)` for all layers) keeps what was
+    decoded in the first call, in the order that the product reads: with few tokens faster than the float layer, for 2
+    bytes a weight more in bfloat16 and 4 in float32. It changes nothing for int8 weights with int8 activations. What is
+    kept follows the buffers: it is decoded anew where one was replaced, moved or written to (but not through `.data`,
+    which leaves no trace).
 
     Args:
         in_features: K.
@@ -61,7 +97,12 @@ class QuantizedLinear(nn.Module):
         dtype: dtype of the bias, and of the scales until they are loaded.
         backend: `auto`, `torch` or `triton`.
         transposed: whether the float weight lies in the model as [K, N]; some formats then store codes so.
+
+    Attributes:
+        keep_decoded: whether a decoded weight is kept on a CPU.
     """
+
+    keep_decoded = False
 
     def __init__(
         self,
@@ -78,7 +119,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.backend, self.transposed = scheme, backend, transposed
-        self.format = layout.NAME
+        self.format, self._op = layout.NAME, op_of(scheme, layout.is_packed(scheme))
+        self._decoded: Decoded | None = None
         self.stored = layout.tensor_specs(scheme, out_features, in_features, dtype, transposed)
         for name, spec in self.stored.items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
@@ -91,7 +133,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output [..., N] in x's dtype, for x [..., K]."""
-        op, scheme, bias, backend = self.op, self.scheme, self.bias, self.backend
+        op, scheme, bias, backend = self._op, self.scheme, self._parameters.get("bias"), self.backend
+        if self.keep_decoded and scheme.activation_dtype != "int8" and is_plain_call(x, bias):
+            found = self._decoded_for(x.dtype)
+            if found is not None:
+                given = self.get_buffer("input_scale") if scheme.is_static else None
+                return decoded.linear(op, x, found.weight, found.code_dtype, found.scale, given, bias)
         if op == "linear_weight_only_packed":
             packed, scale = self.get_buffer("weight_packed"), self._by_row(self.get_buffer("weight_scale"))
             return ops.linear_weight_only_packed(x, packed, scale, bias, scheme.bits, backend)
@@ -102,10 +149,43 @@ class QuantizedLinear(nn.Module):
         if op == "linear_block":
             return ops.linear_block(x, codes, scale, bias, backend)
         scale = self._by_row(scale)
+        columns = self._buffers.get("outlier_columns")
+        if columns is not None and columns.numel():
+            return self._with_float_columns(x, codes, scale, columns.long())
         if op == "linear_llm_int8":
             return ops.linear_llm_int8(x, codes, scale, bias, float(scheme.threshold or 0.0), backend)
         product = ops.linear_weight_only if op == "linear_weight_only" else ops.linear_dynamic
         return product(x, codes, scale, bias, backend)
+
+    def _decoded_for(self, dtype: torch.dtype) -> Decoded | None:
+        """The decoded weight for activations of the dtype; None where a change of its buffers would leave no trace."""
+        buffers = [self.get_buffer(name) for name in self.stored]
+        if any(buffer.is_inference() for buffer in buffers):
+            return None
+        if self._decoded is None or not self._decoded.is_of(dtype, buffers):
+            self._decoded = None  # its memory is free before the next is made
+            codes, scale = self.codes_and_scale()
+            scale = scale if self._op in ("linear_tensor", "linear_block") else self._by_row(scale)
+            weight = decoded.decode_weight(self._op, codes, scale, dtype)
+            sources = tuple((buffer, buffer.data_ptr(), buffer._version) for buffer in buffers)
+            self._decoded = Decoded(weight, codes.dtype, scale, dtype, sources)
+        return self._decoded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy holds: not the decoded weight, which it makes for itself."""
+        return self.__dict__ | {"_decoded": None}
+
+    def _with_float_columns(
+        self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        """The output [..., N] where columns [O] of the weight are in float: they meet x as it is, LLM.int8 the rest.
+
+        Both products are summed in float32, and rounded to x's dtype once.
+        """
+        values, threshold = x.float(), float(self.scheme.threshold or 0.0)
+        rest = values.index_fill(-1, columns, 0.0)
+        out = ops.linear_llm_int8(rest, codes, scale, self.bias, threshold, self.backend)
+        return (out + values[..., columns] @ self.get_buffer("outlier_weight").float().t()).to(x.dtype)
 
     def _by_row(self, scale: torch.Tensor) -> torch.Tensor:
         """The weight's scale as [N, G], also where the whole weight has one."""
@@ -122,7 +202,7 @@ class QuantizedLinear(nn.Module):
     @property
     def op(self) -> str:
         """The name of the op that the layer's product is."""
-        return op_of(self.scheme, self._layout.is_packed(self.scheme))
+        return self._op
 
     @property
     def backend_in_use(self) -> str:
@@ -133,12 +213,14 @@ class QuantizedLinear(nn.Module):
 
     def codes_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] and their scale [N, G], [1] or [ceil(N / 128), ceil(K / 128)]."""
-        stored = {name: self.get_buffer(name) for name in self.stored}
+        buffers = self._buffers
+        stored = {name: buffers[name] for name in self.stored}
         codes, scale = self._layout.decompress(self.scheme, stored, self.in_features, self.transposed)
         return codes, scale
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move buffers as bytes, so that a change of dtype passes them by."""
+        self._decoded = None
         kept = {name: self.get_buffer(name) for name in self.stored}
         for name, buffer in kept.items():
             self._buffers[name] = buffer.view(torch.uint8)
@@ -155,3 +237,15 @@ class QuantizedLinear(nn.Module):
         """Sizes and scheme, for printing."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.scheme.label}"
+
+
+def keep_decoded(model: nn.Module, keep: bool = True) -> int:
+    """How many weights of the model are kept decoded on a CPU from their next product on, or are no longer.
+
+    They cost 2 bytes each for activations in bfloat16, 4 for float32. See `QuantizedLinear`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    for layer in layers:
+        layer.keep_decoded = keep
+        layer._decoded = layer._decoded if keep else None
+    return sum(each.in_features * each.out_features for each in layers if each.scheme.activation_dtype != "int8")

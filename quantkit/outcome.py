@@ -13,6 +13,7 @@ class LayerReport:
         shape: N and K.
         bits_per_weight: stored bits, scales included, over weights.
         weight_error: Frobenius norm of what was lost over that of the float weight.
+        outlier_columns: how many columns of the weight stay in float, where the scheme has such.
     """
 
     module: str
@@ -20,6 +21,7 @@ class LayerReport:
     shape: tuple[int, int]
     bits_per_weight: float
     weight_error: float
+    outlier_columns: int | None = None
 
 
 @dataclass(frozen=True)

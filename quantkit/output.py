@@ -38,10 +38,15 @@ def refuse_existing(output: str | Path) -> Path:
     return path
 
 
+def free_space(output: Path) -> tuple[Path, int]:
+    """The folder that exists above an output that is yet to be made, and the bytes that are free on its disk."""
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    return folder, shutil.disk_usage(folder).free
+
+
 def refuse_full_disk(output: Path, needed: int) -> None:
     """Return nothing; raise CheckpointError when the disk has no room for what will be written."""
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
+    folder, free = free_space(output)
     partial = _partial(output)
     there = sum(path.stat().st_size for path in partial.glob("*.safetensors")) if partial.is_dir() else 0
     if free + there < needed:

@@ -1,6 +1,6 @@
 """A model and perhaps its baseline, loaded, checked against one another, and ready to read the same tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +146,7 @@ def loaded(model: Any, baseline: Any, hub: Hub, device: str, backend: str) -> It
     for given in (model, baseline):
         if given is not None and not _is_path(given) and not isinstance(given, torch.nn.Module):
             raise QuantkitError(f"{given!r} is no model: give a folder, a hub id or a transformers model")
-    place = _place(model, baseline, device)
+    place = place_of(model, baseline, device)
     ours = _load(model, hub, place, backend)
     theirs = None if baseline is None else _load(baseline, _baseline_hub(hub), place, backend)
     pair = Pair(ours, name_of(model), theirs, "" if baseline is None else name_of(baseline))
@@ -165,19 +165,22 @@ def loaded(model: Any, baseline: Any, hub: Hub, device: str, backend: str) -> It
             each.train()
 
 
-def _place(model: Any, baseline: Any, device: str) -> str:
+def place_of(model: Any, baseline: Any, device: str) -> str:
     """Where what is loaded goes: to `device`; with auto, to where a model in memory already is."""
     in_memory = [given for given in (model, baseline) if isinstance(given, torch.nn.Module)]
     if device == "auto" and in_memory:
         return str(in_memory[0].device)
     place = pick_device(device)
-    current = torch.cuda.current_device() if place.type == "cuda" else 0
-    for given in in_memory:
-        if not same_place(place, torch.device(str(given.device)), current):
-            raise QuantkitError(
-                f"device is {device} and {name_of(given)} is on {given.device}: move it or say device auto"
-            )
+    refuse_elsewhere(in_memory, place, f"device is {device}")
     return str(place)
+
+
+def refuse_elsewhere(models: Sequence[Any], place: torch.device, said: str) -> None:
+    """Return nothing; raise QuantkitError, which begins with what was said, for a model that isn't at the place."""
+    current = torch.cuda.current_device() if place.type == "cuda" else 0
+    for given in models:
+        if not same_place(place, torch.device(str(given.device)), current):
+            raise QuantkitError(f"{said} and {name_of(given)} is on {given.device}: move it or say device auto")
 
 
 def same_place(one: torch.device, other: torch.device, current: int) -> bool:

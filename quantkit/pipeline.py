@@ -14,12 +14,14 @@ from quantkit_calibration.data import calibration_windows
 from torch import nn
 
 from quantkit import formats
+from quantkit.budget import Budget, budget_of, disk_bytes
 from quantkit.calibrated import compress_calibrated
-from quantkit.checkpoint import Hub, Source, Tensors, open_folder, open_model, read_config
+from quantkit.checkpoint import Hub, Source, Tensors, open_folder, open_headers, open_model, read_config
 from quantkit.compression import compress_stage
 from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
 from quantkit.errors import DataError, QuantkitError, RecipeError
+from quantkit.headers import NoPartsError
 from quantkit.identity import identity
 from quantkit.journal import Journal
 from quantkit.memory import peak_memory_bytes
@@ -36,9 +38,11 @@ from quantkit.pairing import (
 )
 from quantkit.planning import Plan, make_plan
 from quantkit.progress import Steps
+from quantkit.publishing import Publication
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.report import Report, model_card, write_report
 from quantkit.shards import ShardReader, ShardWriter, write_error, write_json, write_text
+from quantkit.targets import counted
 from quantkit.texts import read, tokenize
 from quantkit.verification import verify
 from quantkit.version import __version__
@@ -75,6 +79,10 @@ def quantize(
     trust_remote_code: bool = False,
     dequantize: bool = False,
     restart: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    replace_weights: bool = False,
+    commit_message: str | None = None,
     progress: bool = True,
 ) -> Report:
     """Compress a model, write the checkpoint to `output`, read it back, and return the report.
@@ -102,11 +110,16 @@ def quantize(
         trust_remote_code: let the model's folder run its own Python code.
         dequantize: take a source that is compressed already, turned into float tensor by tensor first.
         restart: begin anew, whatever a run that was stopped has finished already.
+        push_to_hub: send the result to this repository (owner/name) of the hub once it is safe on disk; whether it may
+            go there is found out before the work begins.
+        private: if that repository doesn't exist, make it a private one.
+        replace_weights: put the result in the place of other weights that the repository holds.
+        commit_message: what the commit there says.
         progress: show progress on stderr.
 
     Raises:
-        QuantkitError: any mistake that a user can mend; then `output` doesn't exist. Only an evaluation that fails
-            comes after it is safe, and says so.
+        QuantkitError: any mistake that a user can mend; then `output` doesn't exist. Only an evaluation or an
+            upload that fails comes after it is safe, and says so.
     """
     started = time.monotonic()
     made = _recipe(recipe, steps, include, ignore, seed)
@@ -121,10 +134,19 @@ def quantize(
             f"{', '.join(map(str, made.steps))} observes activations and needs data; give --dataset SPEC "
             "(a file such as text.txt, or a data set)"
         )
-    hub = Hub(revision, token, cache_dir, trust_remote_code)
-    source = open_source(model, hub, tokenizer, dequantize=dequantize)
+    publication = None
+    if push_to_hub is not None:
+        publication = Publication(push_to_hub, private, replace_weights, commit_message, token)
+        publication.check()
+    elif private or replace_weights or commit_message is not None:
+        log.warning("--private, --replace-weights and --commit-message are unused without --push-to-hub")
+    hub = Hub(revision, token, cache_dir, trust_remote_code, progress)
+    source = open_for_plan(model, hub, tokenizer, dequantize=dequantize)
     plan = make_plan(source, made, format)
-    refuse_full_disk(target, plan.output_bytes)
+    refuse_full_disk(target, disk_bytes(source, plan))
+    if not source.whole:  # what can be found out before a download is; the plan of what came is made anew
+        source = open_source(model, hub, tokenizer, dequantize=dequantize)
+        plan = make_plan(source, made, format)
     windows = None
     if made.observes and dataset is not None:
         data = Data(dataset, samples, seq_len, data_dir)
@@ -137,6 +159,7 @@ def quantize(
         writer = ShardWriter(folder, limit)
         journal = Journal(folder, writer, every=windows is not None)
         done = compress(plan, made, source, journal, place, windows, progress)
+        plan = replace(plan, targets=counted(plan.targets, done.layers))
         writer.finish()
         write_json(folder / "config.json", finished_config(source, plan))
         copy_files(source, folder)
@@ -152,13 +175,17 @@ def quantize(
         try:
             report.evaluation = evaluation(target)
         except QuantkitError as error:
-            raise QuantkitError(f"{target} is written and verified, but its evaluation failed: {error}") from error
+            later = "" if publication is None else f"; it was not pushed, which goes by: {publication.command(target)}"
+            failed = f"{target} is written and verified, but its evaluation failed: {error}{later}"
+            raise QuantkitError(failed) from error
         write_report(target, report)
         write_text(target / "README.md", model_card(report, source))
+    if publication is not None:
+        report.pushed = publication.push(target, progress)
     return report
 
 
-def prepare(
+def planned(
     model: str | Path | nn.Module,
     *,
     steps: Sequence[str | Step] = (),
@@ -171,11 +198,44 @@ def prepare(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     dequantize: bool = False,
-) -> tuple[Plan, Recipe]:
-    """What `quantize` would do with the same arguments, and the recipe; no weight is read, nothing is written."""
+) -> tuple[Source, Plan, Recipe]:
+    """The source, what `quantize` would do with the same arguments, and the recipe.
+
+    No weight is read, none is fetched from the hub, and nothing is written (but small files to the hub's cache).
+    """
     made = _recipe(recipe, steps, include, ignore, None)
-    source = open_source(model, Hub(revision, token, cache_dir, trust_remote_code), None, dequantize=dequantize)
-    return make_plan(source, made, format), made
+    hub = Hub(revision, token, cache_dir, trust_remote_code)
+    source = open_source(model, hub, None, dequantize=dequantize, weights=False)
+    return source, make_plan(source, made, format), made
+
+
+def prepare(model: str | Path | nn.Module, **arguments: Any) -> tuple[Plan, Recipe]:
+    """What `quantize` would do with the same arguments, and the recipe; the arguments are those of `planned`."""
+    return planned(model, **arguments)[1:]
+
+
+def foresee(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    **arguments: Any,
+) -> tuple[Plan, Recipe, Budget]:
+    """What `quantize` would do, the recipe, and what it takes; other arguments are those of `planned`."""
+    target = None if output is None else refuse_existing(output)
+    source, plan, recipe = planned(model, **arguments)
+    tokens = samples * window_length(Pair(source.skeleton, source.name, None, ""), seq_len) if recipe.observes else 0
+    return plan, recipe, budget_of(source, plan, recipe, tokens, target)
+
+
+def open_for_plan(model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, dequantize: bool) -> Source:
+    """The source of a model, of one on the hub without its weights; with them where the plan can't be made without."""
+    try:
+        return open_source(model, hub, tokenizer, dequantize=dequantize, weights=False)
+    except NoPartsError as error:
+        log.warning("what can be checked is checked after the download, not before: %s", error)
+        return open_source(model, hub, tokenizer, dequantize=dequantize)
 
 
 def _recipe(
@@ -213,7 +273,7 @@ def prepare_evaluation(
     stored = None if source.folder is None else read_config(source.folder).get("quantization_config")
     if stored is not None:  # the baseline is to be loaded as it is
         formats.of_config(stored, source.name).parse(stored)
-    tokenizer = source.tokenizer or tokenizer_of(model, hub)
+    tokenizer = source.tokenizer or tokenizer_of(source.folder or model, hub)
     texts = read(dataset, data_dir=data_dir, token=hub.token, cache_dir=hub.cache_dir)
     if calibrated_with(recipe.dataset, texts):
         raise DataError(f"{texts.name} is the text to calibrate with: evaluate on another split or file")
@@ -224,11 +284,13 @@ def prepare_evaluation(
     return lambda folder: evaluate(folder, texts, baseline=baseline, **words)
 
 
-def open_source(model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, dequantize: bool) -> Source:
-    """The source of a folder, a hub id or a model in memory."""
+def open_source(
+    model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, dequantize: bool, weights: bool = True
+) -> Source:
+    """The source of a folder, a hub id or a model in memory; without `weights` those of a hub id aren't fetched."""
     if isinstance(model, nn.Module):
         return open_model(model, tokenizer)
-    source = open_folder(model, hub, _as_float if dequantize else None)
+    source = (open_folder if weights else open_headers)(model, hub, _as_float if dequantize else None)
     if dequantize and isinstance(source.weights, ShardReader):
         log.warning("--dequantize is unused: %s is not compressed", model)
     return source
@@ -245,7 +307,7 @@ def calibration_data(
 ) -> tuple[torch.Tensor, Recipe]:
     """Windows [W, T] to calibrate on, and the recipe with what they were taken from."""
     texts = read(data.spec, purpose="calibration", data_dir=data.folder, token=hub.token, cache_dir=hub.cache_dir)
-    tokenizer = source.tokenizer or (tokenizer_of(model, hub) if texts.kind != "tokens" else None)
+    tokenizer = source.tokenizer or (tokenizer_of(source.folder or model, hub) if texts.kind != "tokens" else None)
     require_tokenizer(texts, tokenizer, source.name)
     length = window_length(Pair(source.skeleton, source.name, None, ""), data.seq_len)
     ids = tokenize(texts, tokenizer, limit=CHOICE * data.samples * length).ids
@@ -340,7 +402,10 @@ def finished_config(source: Source, plan: Plan) -> dict[str, Any]:
     if plan.layout is not None:
         targets = list(plan.targets.values())
         names = [layer.name for layer in plan.quantized]
-        config["quantization_config"] = plan.layout.config(targets[0].scheme, names, plan.ignored)
+        scheme, more = targets[0].scheme, {}
+        if scheme.outlier_columns is not None:
+            more = {"columns": {target.module: target.scheme.outlier_columns for target in targets}}
+        config["quantization_config"] = plan.layout.config(scheme, names, plan.ignored, **more)
     return config
 
 

@@ -116,11 +116,11 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
         tuple(candidate for candidate in candidates if candidate.name not in left),
         _left_alone(source, {name for target in targets.values() for name in target.parameters}, left, findings),
         tuple(candidate.name for candidate in candidates if candidate.name in left and not candidate.experts),
-        _ignored(source, candidates, left, chosen),
+        _ignored(source, names, candidates, left, chosen),
         tuple(key for key, origin in names.origins.items() if origin.parameter is None),
         _renamed(source, names.origins),
         patterns,
-        _notes(findings, judge.ended, chosen, [each for each in candidates if each.name not in left]),
+        _notes(recipe, findings, judge.ended, chosen, [each for each in candidates if each.name not in left]),
         output,
         chosen,
         findings,
@@ -129,26 +129,34 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
 
 
 def _ignored(
-    source: Source, candidates: Sequence[Candidate], left: dict[str, str], layout: ModuleType | None
+    source: Source, names: Names, candidates: Sequence[Candidate], left: dict[str, str], layout: ModuleType | None
 ) -> tuple[str, ...]:
     """What is left in float, for a config: modules by name, experts (compressed-tensors) by a regex of their layers.
 
-    A module of a subclass of nn.Linear that computes something else is named too: others would take it for one.
+    A module of a subclass of nn.Linear that computes something else is named too: others would take it for one. Where
+    the files call a module otherwise than transformers does, both names are there: servers know the files' alone.
     """
     known = {candidate.name for candidate in candidates}
-    found = [name for name, _ in linears(source.skeleton) if name not in known]
+    on_disk: dict[str, list[str]] = {}
+    for key, origin in names.origins.items():
+        if origin.parameter is not None and not origin.converted:
+            on_disk.setdefault(origin.parameter.removesuffix(".weight"), []).append(key.removesuffix(".weight"))
+    found = []
+    for name, _ in linears(source.skeleton):
+        if name not in known:
+            found += [name, *on_disk.get(name, ())]
     for candidate in candidates:
         if candidate.name not in left:
             continue
         if not candidate.experts:
-            found.append(candidate.name)
+            found += [candidate.name, *on_disk.get(candidate.name, ())]
         elif layout is formats.compressed_tensors:
             found += [f"re:{re.escape(owner)}\\.[0-9]+\\." for owner in candidate.owners]
     return tuple(dict.fromkeys(found))
 
 
 def _notes(
-    findings: Findings, ended: str | None, layout: ModuleType | None, quantized: Sequence[Candidate]
+    recipe: Recipe, findings: Findings, ended: str | None, layout: ModuleType | None, quantized: Sequence[Candidate]
 ) -> tuple[str, ...]:
     """What a reader should know of how the data flow was seen; `ended` says why the pass without data ended early."""
     notes = []
@@ -165,6 +173,8 @@ def _notes(
             "transformers with compressed-tensors passes Conv1D layers by and takes their codes for weights; load it "
             "with quantkit, or serve it with vLLM"
         )
+    if recipe.scheme is not None and recipe.scheme.outlier_columns is not None:
+        notes.append("the columns that stay in float are found in calibration: they come on top of the planned size")
     return tuple(notes)
 
 

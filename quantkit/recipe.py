@@ -7,7 +7,6 @@ neither needs torch.
 
 import fnmatch
 import json
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,13 @@ from typing import Any
 from quantkit.errors import RecipeError
 from quantkit.methods import METHODS, method_class
 from quantkit.scheme import Scheme
+from quantkit.untrusted import fits, regex_trouble, shown
+
+LARGEST_RECIPE = 2**20
+"""Bytes of the largest file that is read as a recipe."""
+
+SEEDS = (-(2**63), 2**64 - 1)
+"""The smallest and the largest that torch takes."""
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
@@ -113,6 +119,8 @@ class Recipe:
             raise RecipeError(f"the step {again} is given {transforms.count(again)} times; give it once")
         for pattern in (*self.include, *self.ignore):
             check_pattern(pattern)
+        if not SEEDS[0] <= self.seed <= SEEDS[1]:
+            raise RecipeError(f"seed {shown(self.seed)} is not a number of 64 bits; give one from 0 to 2**64 - 1")
 
     @property
     def scheme(self) -> Scheme | None:
@@ -150,13 +158,13 @@ class Recipe:
         for key in ("steps", "include", "ignore"):
             found = values.get(key, [])
             if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-                raise RecipeError(f"{key} = {found!r} in a recipe must be a list of strings, such as ['w8a8']")
+                raise RecipeError(f"{key} = {shown(found)} in a recipe must be a list of strings, such as ['w8a8']")
         seed = values.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise RecipeError(f"seed = {seed!r} in a recipe must be a whole number")
+            raise RecipeError(f"seed = {shown(seed)} in a recipe must be a whole number")
         dataset = values.get("dataset")
         if not (dataset is None or _is_json_object(dataset)):
-            raise RecipeError(f"dataset = {dataset!r} in a recipe must be a table of plain values; leave it out")
+            raise RecipeError(f"dataset = {shown(dataset)} in a recipe must be a table of plain values; leave it out")
         recipe = cls.of(values.get("steps", []), values.get("include", ()), values.get("ignore", ()), seed)
         return cls(recipe.steps, recipe.include, recipe.ignore, seed, dataset)
 
@@ -222,6 +230,8 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
             "give one of these names or the path of a .toml or .json file"
         )
     try:
+        if path.stat().st_size > LARGEST_RECIPE:
+            raise RecipeError(f"recipe {path} has more than {LARGEST_RECIPE:,} bytes; give a file with a recipe in it")
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, OSError, RecursionError) as error:
@@ -239,10 +249,9 @@ def check_pattern(pattern: str) -> None:
     if not pattern or pattern == "re:":
         raise RecipeError("an empty pattern matches nothing; give a glob such as '*.mlp.*', or re:REGEX")
     if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except (re.error, RecursionError, OverflowError) as error:
-            raise RecipeError(f"pattern {pattern!r} is not a regular expression: {error}; mend it") from error
+        trouble = regex_trouble(pattern[3:])
+        if trouble is not None:
+            raise RecipeError(f"pattern {shown(pattern)} is not a regular expression: {trouble}; mend it")
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -251,6 +260,6 @@ def matches(pattern: str, name: str) -> bool:
     A pattern is a glob on the whole name, or after `re:` a regex from the name's start.
     """
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
+        return fits(pattern[3:], name)
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))

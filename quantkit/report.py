@@ -16,6 +16,7 @@ from quantkit.shards import write_json
 from quantkit.version import __version__
 
 REPORT_FILE = "quantkit_report.json"
+LICENCE_KEYS = ("license", "license_name", "license_link")
 PACKAGES = ("torch", "transformers", "safetensors")
 
 
@@ -40,6 +41,7 @@ class Report:
         groups: what became of every smoothing group, if the recipe smooths.
         evaluation: what `quantkit eval` found, if asked.
         notes: what else a reader should know.
+        pushed: where on the hub it lies, said by the run that sent it; `quantkit_report.json` was written before.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Report:
     evaluation: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    pushed: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -104,7 +107,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {**asdict(self), "bits_per_weight": self.bits_per_weight}
+        values = {**asdict(self), "bits_per_weight": self.bits_per_weight}
+        if self.pushed is None:
+            del values["pushed"]
+        return values
 
     def _quantized_lines(self) -> list[str]:
         if self.worst is None:
@@ -112,6 +118,18 @@ class Report:
         return [
             f"  quantized  {len(self.layers)} linear layers, {self.bits_per_weight:.2f} bits per weight",
             f"  worst      {self.worst.module}: weight error {self.worst.weight_error:.2%}",
+            *self._outlier_lines(),
+        ]
+
+    def _outlier_lines(self) -> list[str]:
+        """A line on columns of weights that stay in float; none where the scheme has no such."""
+        counts = {layer: layer.outlier_columns for layer in self.layers if layer.outlier_columns is not None}
+        if not counts:
+            return []
+        most = max(counts, key=lambda layer: counts[layer] / layer.shape[1])
+        return [
+            f"  in float   {sum(counts.values()):,} columns of outliers, most of them in {most.module}: "
+            f"{most.outlier_columns:,} of {most.shape[1]:,}"
         ]
 
     def to_text(self) -> str:
@@ -134,6 +152,8 @@ class Report:
             lines.append(f"  copied, though the model does not use them: {_shortened(self.copied_unused)}")
         if self.evaluation is not None:
             lines.append("  " + evaluation_line(self.evaluation))
+        if self.pushed is not None:
+            lines.append("  pushed     " + pushed_line(self.pushed))
         return "\n".join(lines)
 
 
@@ -161,6 +181,14 @@ def evaluation_line(result: dict[str, Any]) -> str:
     )
 
 
+def pushed_line(pushed: dict[str, Any]) -> str:
+    """One line of what was sent to the hub, and where it lies."""
+    line = f"{len(pushed['files'])} files, {pushed['bytes']:,} bytes, to {pushed['url']} at commit {pushed['commit']}"
+    if pushed["removed"]:
+        line += f"; removed there: {', '.join(pushed['removed'])}"
+    return line
+
+
 def _by_reason(left: Sequence[LeftAlone]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for item in left:
@@ -186,14 +214,12 @@ def write_report(folder: Path, report: Report) -> None:
 
 def model_card(report: Report, source: Source) -> str:
     """The README.md of the checkpoint."""
-    front = ["---", "library_name: transformers", "tags:", "- quantkit", f"- {report.format}"]
-    if _license(source) is not None:
-        front.append(f"license: {_license(source)}")
+    front = _front_matter(report, source)
     steps = ", ".join(f"`{step}`" for step in report.recipe["steps"])
     body = [
         f"# {_title(report, source)}, compressed",
         "",
-        f"Made from `{report.model}` by quantkit {report.versions.get('quantkit')} with {steps}, "
+        f"Made from {_origin(report, source)} by quantkit {report.versions.get('quantkit')} with {steps}, "
         f"stored as {report.format}.",
         "",
         "```python",
@@ -218,6 +244,32 @@ def model_card(report: Report, source: Source) -> str:
     return "\n".join([*front, "---", "", *body, ""])
 
 
+def _front_matter(report: Report, source: Source) -> list[str]:
+    """The lines of metadata, as the hub reads them, that a model card begins with."""
+    front = ["---", "library_name: transformers"]
+    if _commit(report, source) is not None:
+        front.append(f"base_model: {report.model}")
+        if report.layers:
+            front.append("base_model_relation: quantized")
+    front += ["tags:", "- quantkit"]
+    if report.layers:
+        front += [f"- {report.format}", f"- {report.recipe['steps'][-1].partition(':')[0]}"]
+    return front + _licence(source)
+
+
+def _commit(report: Report, source: Source) -> str | None:
+    """The commit of a model of the hub, which is the name of its folder in the cache; None for any other model."""
+    if source.folder is None or source.folder.parent.name != "snapshots" or Path(report.model).is_dir():
+        return None
+    return source.folder.name
+
+
+def _origin(report: Report, source: Source) -> str:
+    """What a model was made from, without the path of a folder, which is of no use to others."""
+    commit = _commit(report, source)
+    return f"`{_title(report, source)}`" if commit is None else f"`{report.model}` (commit `{commit}`)"
+
+
 def _title(report: Report, source: Source) -> str:
     """The model's own name, also where the user called it `.`, `..`, `~` or `/`."""
     name = Path(report.model).name
@@ -226,13 +278,18 @@ def _title(report: Report, source: Source) -> str:
     return name or report.model
 
 
-def _license(source: Source) -> str | None:
-    """The licence that the source's own model card states on one line, or None."""
+def _licence(source: Source) -> list[str]:
+    """What the source's own model card states of its licence, each on a line of its own; none where it says nothing."""
     card = source.folder / "README.md" if source.folder is not None else None
     if card is None or not card.is_file():
-        return None
+        return []
     parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
     lines = parts[1].splitlines() if len(parts) == 3 and not parts[0].strip() else []
-    value = next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), "")
-    # YAML for nothing, and the beginnings of lists, mappings, comments and texts of several lines.
-    return None if value in ("", "~", "null", '""', "''") or value[0] in "-[{#|>" else value
+    stated: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        value = value.strip()
+        # YAML for nothing, and the beginnings of lists, mappings, comments and texts of several lines.
+        if key in LICENCE_KEYS and value not in ("", "~", "null", '""', "''") and value[0] not in "-[{#|>":
+            stated.setdefault(key, value)
+    return [f"{key}: {value}" for key, value in stated.items()] if "license" in stated else []

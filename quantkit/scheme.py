@@ -1,12 +1,14 @@
 """Scheme: what the numbers of one linear layer look like. It needs no torch."""
 
-import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.errors import RecipeError
 
 WEIGHT_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
+FOUR_BITS = ("int4", "uint4")
+"""Dtypes of weights that others write and quantkit only reads; `uint4` is what has zero points."""
 WEIGHT_RANGES = ("absmax", "mse")
 WEIGHT_GRANULARITIES = ("row", "tensor", "block")
 ACTIVATIONS = ("token", "tensor", "tensor-static", "group")
@@ -14,13 +16,19 @@ ACTIVATION_RANGES = ("absmax", "percentile", "mse")
 BLOCK = 128
 """Rows and columns of a weight's block that share a scale, and the activations of one token that do."""
 
+LARGEST = sys.float_info.max
+"""The largest threshold; JSON can write larger whole numbers, which are no floats."""
+LARGEST_COUNT = 2**31
+"""Of weights that share a scale, and of columns."""
+
 
 @dataclass(frozen=True)
 class Scheme:
     """What the numbers of one linear layer look like.
 
     Attributes:
-        weight_dtype: torch's name of the stored codes: `int8`, `float8_e4m3fn` or `float8_e5m2`.
+        weight_dtype: torch's name of the stored codes: `int8`, `float8_e4m3fn` or `float8_e5m2`; and of checkpoints
+            that others wrote `int4`, or `uint4` for 4 bits with a zero point beside every scale.
         group_size: None for the scales of `weight_granularity`, else one for each run of this many weights along K
             (scale [N, K / group_size]).
         activation_dtype: None when only weights are quantized, else the dtype that activations are quantized to.
@@ -32,6 +40,8 @@ class Scheme:
             whole `tensor`, all found anew at each call (dynamic); or `tensor-static`, one stored number.
         activation_range: how that stored number was chosen in calibration; like `weight_range` no matter of layout.
         threshold: None, or where LLM.int8 begins: features in which any token reaches it stay in float.
+        outlier_columns: None, or with a threshold how many columns of the weight lie in float beside the codes: those
+            in which calibration data reached it. 0 where nothing was counted yet, as in a recipe.
     """
 
     weight_dtype: str
@@ -42,16 +52,18 @@ class Scheme:
     activation: str = "token"
     activation_range: str = "absmax"
     threshold: float | None = None
+    outlier_columns: int | None = None
 
     def __post_init__(self) -> None:
         self._check_words()
         self._check_weights()
         self._check_activations()
         self._check_threshold()
+        self._check_outlier_columns()
 
     def _check_words(self) -> None:
         for what, value, known in (
-            ("weight dtype", self.weight_dtype, WEIGHT_DTYPES),
+            ("weight dtype", self.weight_dtype, (*WEIGHT_DTYPES, *FOUR_BITS)),
             ("weight range", self.weight_range, WEIGHT_RANGES),
             ("weight granularity", self.weight_granularity, WEIGHT_GRANULARITIES),
             ("activation granularity", self.activation, ACTIVATIONS),
@@ -62,7 +74,7 @@ class Scheme:
 
     def _check_weights(self) -> None:
         size = self.group_size
-        is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        is_count = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= LARGEST_COUNT
         if size is not None and (not is_count or self.activation_dtype is not None or self.weight_granularity != "row"):
             raise RecipeError(
                 f"group size {size!r} needs to be a positive whole number, with weights by row and activations in "
@@ -75,6 +87,8 @@ class Scheme:
                 f"activations in {self.activation_dtype} cannot meet weights in {self.weight_dtype}: give both the "
                 "same dtype, or quantize weights only"
             )
+        if self.activation_dtype in FOUR_BITS:
+            raise RecipeError(f"activations in {self.activation_dtype} are not multiplied here; leave them in float")
         if self.activation_dtype is None and self.activation != "token":
             raise RecipeError(
                 f"activations by {self.activation} are never used where only weights are quantized; give an "
@@ -97,7 +111,7 @@ class Scheme:
         value = self.threshold
         if value is None:
             return
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST
         row = self.weight_granularity == "row"
         if not number or self.activation_dtype != "int8" or self.activation != "token" or not row:
             raise RecipeError(
@@ -105,15 +119,30 @@ class Scheme:
                 "by token"
             )
 
+    def _check_outlier_columns(self) -> None:
+        value = self.outlier_columns
+        if value is None:
+            return
+        is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
+        if not is_count or self.threshold is None:
+            raise RecipeError(
+                f"outlier_columns {value!r} needs to be a whole number from 0, with the threshold of LLM.int8"
+            )
+
     @property
     def bits(self) -> int:
         """Bits of one stored code."""
-        return 8
+        return 4 if self.weight_dtype in FOUR_BITS else 8
 
     @property
     def is_static(self) -> bool:
         """Whether a scale of the activations is stored, so that calibration must find it."""
         return self.activation_dtype is not None and self.activation == "tensor-static"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether something is stored that only calibration finds: a scale of the activations, or outlier columns."""
+        return self.is_static or self.outlier_columns is not None
 
     @property
     def label(self) -> str:
@@ -123,6 +152,7 @@ class Scheme:
         if self.activation_dtype is None:
             return f"{self.weight_dtype}{group}"
         outliers = "" if self.threshold is None else f", outliers from {self.threshold:g} in float"
+        outliers += "" if self.outlier_columns is None else ", their weights too"
         return f"{self.weight_dtype}{group}, activations per {self.activation}{outliers}"
 
     def to_dict(self) -> dict[str, Any]:

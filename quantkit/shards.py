@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from quantkit.errors import CheckpointError
+from quantkit.untrusted import is_plain_file, name_trouble, read_json, shown, unambiguous
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MOST_AXES = 64
+"""Of a tensor that torch calculates with."""
 SMALLEST_SHARD = 16 * 2**20
+PIECE = 2**20
+"""Bytes that are read at a time where nothing but a hash of them is wanted."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Every dtype that both safetensors and torch know.
 DTYPES = {
@@ -46,11 +53,15 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, and its shape and dtype as torch has them, from a file's header."""
+    """Where a tensor lies, and its shape and dtype as torch has them, from a file's header.
+
+    `start` is the place of its first byte in the file (0 for a tensor that lies in none).
+    """
 
     path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int = field(default=0, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +87,12 @@ class ShardReader:
         self.tensors: dict[str, TensorInfo] = {}
         for path, names in _shards(folder):
             found = _header(path)
+            twice = sorted(found.keys() & self.tensors.keys())
+            if twice:
+                raise CheckpointError(
+                    f"tensor {twice[0]!r} lies in {self.tensors[twice[0]].path.name} and in {path.name}; "
+                    "download the checkpoint again"
+                )
             missing = sorted(set(names or ()) - set(found))
             if missing:
                 raise CheckpointError(
@@ -86,6 +103,20 @@ class ShardReader:
     def get(self, name: str) -> torch.Tensor:
         """The tensor of that name, read from disk (the file is closed again, so that its pages can go)."""
         return read_tensor(self.tensors[name].path, name)
+
+    def checksum(self, name: str) -> str:
+        """`checksum` of the tensor of that name as it lies on disk, read in small pieces and never held whole."""
+        info = self.tensors[name]
+        digest, left, piece = _digest(info.dtype, info.shape), info.nbytes, bytearray(PIECE)
+        try:
+            with info.path.open("rb", buffering=0) as file:
+                file.seek(info.start)
+                while left and (count := file.readinto(memoryview(piece)[:left])):
+                    digest.update(memoryview(piece)[:count])
+                    left -= count
+        except OSError as error:
+            raise CheckpointError(f"tensor {name!r} of shard {info.path} cannot be read: {error}") from error
+        return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -103,20 +134,11 @@ def _shards(folder: Path) -> Iterator[tuple[Path, list[str] | None]]:
         yield folder / SINGLE, None
         return
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards: dict[str, list[str]] = {}
-            for name, shard in weight_map.items():
-                if not isinstance(shard, str):
-                    raise TypeError(f"{shard!r} is no file name")
-                shards.setdefault(shard, []).append(name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index} is not an index of shards ({error!r}); download it again") from error
-        for shard, names in sorted(shards.items()):
-            if Path(shard).name != shard:
-                raise CheckpointError(f"{index} names {shard!r}, outside of its folder; refuse this checkpoint")
-            if not (folder / shard).is_file():
-                raise CheckpointError(f"shard {shard} is missing from {folder}, and {INDEX} names it; download it")
+        for shard, names in sorted(read_index(index).items()):
+            if not is_plain_file(folder / shard):
+                raise CheckpointError(
+                    f"shard {shown(shard, str)} is missing from {folder}, and {INDEX} names it; download it"
+                )
             yield folder / shard, names
         return
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -128,31 +150,129 @@ def _shards(folder: Path) -> Iterator[tuple[Path, list[str] | None]]:
     raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}; give a folder with safetensors weights")
 
 
+def read_index(index: Path) -> dict[str, list[str]]:
+    """Every shard that an index names, with the names of the tensors that it places there.
+
+    Raises:
+        CheckpointError: it is no index, or names a file outside of its folder.
+    """
+    try:
+        weight_map = read_json(index, "download it again")["weight_map"]
+        shards: dict[str, list[str]] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str):
+                raise TypeError(f"{shown(shard)} is no file name")
+            shards.setdefault(shard, []).append(name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards ({error!r}); download it again") from error
+    for shard in sorted(shards):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names {shown(shard)}, outside of its folder; refuse this checkpoint")
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} names {shown(shard)}, which is no safetensors file and might run code when it is read; "
+                "convert it to safetensors first (model.save_pretrained of a model that you trust)"
+            )
+    return shards
+
+
 def _header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of one file, from its header."""
+    """Every tensor of one file, from its header.
+
+    safetensors itself refuses a header that is longer than the file, and offsets that overlap, leave a hole, lead out
+    of the file or don't fit a shape; it looks at sizes before it makes anything.
+    """
     try:
         found = {}
         with safe_open(path, framework="pt") as file:
+            with path.open("rb") as start:  # safetensors has found the header to be as long as it claims
+                size = int.from_bytes(start.read(8), "little")
+                entries = unambiguous(start.read(size))
             for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
                 view = file.get_slice(name)
-                dtype = view.get_dtype()
-                if dtype not in DTYPES:
-                    raise CheckpointError(f"tensor {name!r} of {path} has dtype {dtype}, which quantkit doesn't read")
-                shape = tuple(view.get_shape())
+                dtype, shape = view.get_dtype(), tuple(view.get_shape())
+                _check_entry(path, name, dtype, shape)
                 if dtype == "F4":  # the header counts elements, and torch the bytes that hold two each
                     shape = (*shape[:-1], shape[-1] // 2)
-                found[name] = TensorInfo(path, shape, DTYPES[dtype])
+                found[name] = TensorInfo(path, shape, DTYPES[dtype], 8 + size + entries[name]["data_offsets"][0])
         return found
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"shard {path} is truncated or damaged ({error}); download it again") from error
+
+
+def _check_entry(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Return nothing; raise CheckpointError for a name, dtype or shape that torch or other software can't take."""
+    trouble = name_trouble(name)
+    if trouble is not None:
+        raise CheckpointError(f"tensor {shown(name)} of {path} {trouble}; refuse this checkpoint")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"tensor {name!r} of {path} has dtype {dtype}, which quantkit doesn't read")
+    elements = math.prod(size or 1 for size in shape)  # an axis of none hides how long the others claim to be
+    if len(shape) > MOST_AXES or elements * DTYPES[dtype].itemsize >= 2**63:
+        raise CheckpointError(f"tensor {name!r} of {path} has the shape {shown(shape)}, which torch cannot hold")
+
+
+def parse_header(header: bytes, path: Path, data: int) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors header, in the order of names, as `ShardReader` has it from a whole file.
+
+    Args:
+        header: the JSON that the 8 bytes at the start of a file give the length of.
+        path: where the tensors are said to lie.
+        data: how many bytes the file has after the header.
+
+    Raises:
+        ValueError: it is no header, the tensors don't fill the file from end to end, or a dtype is none that is read.
+        CheckpointError: a name or shape is none that is read.
+    """
+    try:
+        entries = unambiguous(header)
+    except RecursionError as error:
+        raise ValueError("the header is nested too deeply") from error
+    if not isinstance(entries, dict):
+        raise ValueError("the header is no JSON object")
+    entries.pop("__metadata__", None)
+    found, places = {}, []
+    for name in sorted(entries):
+        try:
+            dtype, shape, (begin, end) = (entries[name][key] for key in ("dtype", "shape", "data_offsets"))
+            sizes = [*shape, begin, end]
+            if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
+                raise ValueError(f"{sizes} are no sizes")
+            known = dtype in DTYPES
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"the header's entry of {name!r} is no tensor: {error!r}") from error
+        if not known:
+            raise ValueError(f"tensor {name!r} has dtype {dtype}, which quantkit doesn't read")
+        _check_entry(path, name, dtype, tuple(shape))
+        if dtype == "F4":  # the header counts elements, and torch the bytes that hold two each
+            if not shape or shape[-1] % 2:
+                raise ValueError(f"tensor {name!r} has {shape} elements of four bits, which fill no whole bytes")
+            shape = [*shape[:-1], shape[-1] // 2]
+        found[name] = TensorInfo(path, tuple(shape), DTYPES[dtype])
+        if end - begin != found[name].nbytes:
+            raise ValueError(f"tensor {name!r} takes {found[name].nbytes} bytes and has {end - begin}")
+        places.append((begin, end, name))
+    filled = 0
+    for begin, end, name in sorted(places):
+        if begin != filled:
+            raise ValueError(f"tensor {name!r} begins at {begin}, and the one before ends at {filled}")
+        filled = end
+    if filled != data:
+        raise ValueError(f"its tensors take {filled} bytes, and the file has {data} for them")
+    return found
 
 
 def checksum(tensor: torch.Tensor) -> str:
     """A hash of a tensor's shape, dtype and bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    digest = _digest(tensor.dtype, tensor.shape)
     digest.update(flat.numpy().data)
     return digest.hexdigest()
+
+
+def _digest(dtype: torch.dtype, shape: Sequence[int]) -> "hashlib._Hash":
+    """The hash of a tensor before its bytes."""
+    return hashlib.sha256(f"{dtype} {tuple(shape)}".encode())
 
 
 @dataclass(frozen=True)
@@ -224,8 +344,10 @@ class ShardWriter:
             return
         waiting, self._waiting, self._waiting_bytes, self._storages = self._waiting, {}, 0, set()
         part = Part(f"part-{len(self.parts):05d}.safetensors", tuple(waiting), sum(t.nbytes for t in waiting.values()))
-        write_tensors(self.folder / part.file, waiting)
-        self.checksums |= {name: checksum(tensor) for name, tensor in waiting.items()}
+        with ThreadPoolExecutor(torch.get_num_threads()) as beside:  # hashing takes as long as writing does
+            checksums = beside.map(checksum, waiting.values())
+            write_tensors(self.folder / part.file, waiting)
+        self.checksums |= dict(zip(waiting, checksums, strict=True))
         self.parts.append(part)
 
     def read(self, name: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ Every fold is proven: the float block must give what it gave before, within roun
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from quantkit_calibration.observers import ChannelAbsmax, Reservoir
@@ -30,6 +30,7 @@ from quantkit.discovery import Edit, Group, apply_group, channel_absmax
 from quantkit.modules import quantize_linear
 from quantkit.outcome import GroupReport
 from quantkit.scheme import Scheme
+from quantkit.watching import Latest
 
 ROWS = 512
 """Tokens of a weight's input that are kept for a search."""
@@ -54,6 +55,7 @@ class Inputs:
     absmax: dict[tuple[str, int | None], ChannelAbsmax] = field(default_factory=dict)
     rows: dict[tuple[str, int | None], Reservoir] = field(default_factory=dict)
     tokens: dict[tuple[str, int | None], int] = field(default_factory=dict)
+    _latest: Latest[ChannelAbsmax] = field(default_factory=lambda: Latest(_absmax_of), repr=False)
 
     def see(self, name: str, expert: int | None, x: torch.Tensor) -> None:
         """Take activations [..., K] into the statistics."""
@@ -66,7 +68,7 @@ class Inputs:
             if self.keep_rows:
                 generator = torch.Generator().manual_seed(self.seed)
                 self.rows[key] = Reservoir(ROWS, generator)
-        self.absmax[key].update(flat)
+        self.absmax[key].merge(self._latest(flat))
         if self.keep_rows:
             self.rows[key].update(flat)
         self.tokens[key] = self.tokens.get(key, 0) + flat.shape[0]
@@ -82,6 +84,12 @@ class Inputs:
         return [(expert, self.rows[name, expert].result()) for _, expert in keys[:SEARCH_EXPERTS]]
 
 
+def _absmax_of(x: torch.Tensor) -> ChannelAbsmax:
+    found = ChannelAbsmax()
+    found.update(x)
+    return found
+
+
 class Smoother:
     """Folds the groups of one block.
 
@@ -93,6 +101,7 @@ class Smoother:
         quantized: the parameters (names inside the block) that will be quantized.
         dtypes: each parameter's dtype on disk.
         prove: the ratio of the change of the block's output to what rounding explains.
+        restore: gives the block the weights back that it has now; None where nothing but a copy could.
     """
 
     def __init__(
@@ -104,19 +113,54 @@ class Smoother:
         quantized: Iterable[str],
         dtypes: Mapping[str, torch.dtype],
         prove: Callable[[], float],
+        restore: Callable[[], None] | None = None,
     ) -> None:
         self.name, self.block, self.alpha = name, block, alpha
         self.scheme = scheme or Scheme("int8", activation_dtype="int8")
-        self.quantized, self.dtypes, self.prove = frozenset(quantized), dtypes, prove
+        self.quantized, self.dtypes, self.prove, self.restore = frozenset(quantized), dtypes, prove, restore
         self.changed: set[str] = set()
         self.folded: list[tuple[Group, torch.Tensor]] = []
 
+    def fold_all(self, groups: Sequence[Group], inputs: Inputs) -> list[GroupReport]:
+        """Fold groups one after another, and prove them together; each by itself only where that fails.
+
+        What is folded is the same either way, as the next fold builds on the one before.
+        """
+        if self.restore is None:
+            return [self.fold(group, inputs) for group in groups]
+        reports = [self._fold(group, inputs) for group in groups]
+        if not self.changed:
+            return reports
+        error = self.prove()
+        if error <= 1.0:
+            return [replace(report, error=error) if report.state == "folded" else report for report in reports]
+        self.restore()
+        self.changed.clear()
+        self.folded.clear()
+        return [self.fold(group, inputs) for group in groups]
+
     def fold(self, group: Group, inputs: Inputs) -> GroupReport:
-        """Fold one group, or say why not."""
+        """Fold and prove one group, or say why not."""
+        names = sorted({edit.parameter for edit in (*group.producers, *group.consumers)})
+        before, changed = {name: self.block.get_parameter(name).detach() for name in names}, set(self.changed)
+        report = self._fold(group, inputs)
+        if report.state != "folded":
+            return report
+        error = self.prove()
+        if not error <= 1.0:
+            _put(self.block, before)
+            self.changed = changed
+            self.folded.pop()
+            reason = "the float block's output changed by more than rounding"
+            return replace(report, state="undone", reason=reason, error=error)
+        return replace(report, error=error)
+
+    def _fold(self, group: Group, inputs: Inputs) -> GroupReport:
+        """Fold one group unproven, or say why not."""
         consumers = tuple(dict.fromkeys(edit.parameter for edit in group.consumers))
 
-        def report(state: str, reason: str = "", alpha: float | None = None, error: float | None = None) -> GroupReport:
-            return GroupReport(self.name, group.name, group.kind, consumers, state, alpha, error, reason)
+        def report(state: str, reason: str = "", alpha: float | None = None) -> GroupReport:
+            return GroupReport(self.name, group.name, group.kind, consumers, state, alpha, reason=reason)
 
         active = [edit for edit in group.consumers if edit.parameter in self.quantized]
         if not active:
@@ -129,14 +173,9 @@ class Smoother:
         if alpha is None:
             return report("kept", "the search found no scale that helps")
         scale = self._representable(group, scale)
-        before = fold_in(self.block, group, scale)
-        error = self.prove()
-        if not error <= 1.0:
-            _put(self.block, before)
-            return report("undone", "the float block's output changed by more than rounding", alpha, error)
-        self.changed |= set(before)
+        self.changed |= set(fold_in(self.block, group, scale))
         self.folded.append((group, scale))
-        return report("folded", "", alpha, error)
+        return report("folded", "", alpha)
 
     @staticmethod
     def _activations(group: Group, active: Sequence[Edit], inputs: Inputs) -> torch.Tensor | None:
@@ -151,7 +190,8 @@ class Smoother:
         for edit in active:
             weight = self.block.get_parameter(edit.parameter).detach()
             others = [axis for axis in range(weight.ndim) if axis != edit.axis]
-            found.append(channel_absmax(weight.abs().amax(others), edit, group.channels))
+            largest = torch.maximum(weight.amax(others), -weight.amin(others))  # |weight| would be a copy
+            found.append(channel_absmax(largest, edit, group.channels))
         return torch.stack(found).amax(0)
 
     def _choose(
@@ -274,16 +314,19 @@ class Proof:
     Args:
         run: the block's output as one tensor [..., H].
         weights: the block's weights, for their number and longest row.
+        before: what `run()` gives now, where that is known.
     """
 
     SAFETY = 8.0
 
-    def __init__(self, run: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> None:
+    def __init__(
+        self, run: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor], before: torch.Tensor | None = None
+    ) -> None:
         self._run = run
         sizes = [max(weight.shape[-2:]) for weight in weights if weight.ndim > 1]
         longest, products = max(sizes, default=1), len(sizes)
         self._relative = self.SAFETY * (1 + products) * math.sqrt(longest) * torch.finfo(torch.float32).eps
-        self._before = run()
+        self._before = run() if before is None else before
         flat = self._before.reshape(-1, self._before.shape[-1])
         size = flat.abs().amax(0) + flat.square().mean().sqrt()
         self._bound = self._relative * size + torch.finfo(torch.float32).tiny

@@ -1,7 +1,7 @@
 """Targets: which checkpoint keys are quantized, in which format, and as which tensors they are written."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -12,6 +12,7 @@ from quantkit.checkpoint import Source
 from quantkit.errors import RecipeError
 from quantkit.exploration import Findings
 from quantkit.naming import Names
+from quantkit.outcome import LayerReport
 from quantkit.pieces import expert_specs
 from quantkit.scheme import BLOCK, Scheme
 
@@ -139,18 +140,18 @@ def _layout(scheme: Scheme, name: str, candidates: Iterable[Candidate], reasons:
 
 def _by_row(scheme: Scheme) -> bool:
     """Whether experts can have the scheme: scales by row, nothing stored of activations."""
-    return scheme.weight_granularity == "row" and not scheme.is_static
+    return scheme.weight_granularity == "row" and not scheme.needs_data
 
 
 def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings: Findings) -> str | None:
     """Why this format or scheme can't take a candidate, or None."""
-    if scheme.is_static and not candidate.name.startswith(f"{findings.blocks}."):
+    if scheme.needs_data and not candidate.name.startswith(f"{findings.blocks}."):
         return "lies outside of the blocks, where no activation is observed"
-    if scheme.is_static and any(candidate.name.startswith(f"{findings.blocks}.{i}.") for i in findings.idle):
+    if scheme.needs_data and any(candidate.name.startswith(f"{findings.blocks}.{i}.") for i in findings.idle):
         return "does not run when the model reads text, so that no activation is observed"
-    if scheme.is_static and findings.unused(candidate.parameter):
+    if scheme.needs_data and findings.unused(candidate.parameter):
         return "meets no activation when the model reads text, so that none is observed"
-    if candidate.converted and scheme.weight_granularity != "row":
+    if candidate.converted and (scheme.weight_granularity != "row" or scheme.outlier_columns is not None):
         return "is merged or split while it is loaded, and only scales by row go along"
     if not candidate.experts:
         return _against_linear(candidate, layout)
@@ -207,6 +208,17 @@ def tensor_specs(target: Target, layout: ModuleType | None) -> dict[str, formats
     else:
         specs = layout.tensor_specs(*sizes, transposed=target.transposed)
     return {prefix + name: spec for prefix in target.prefixes for name, spec in specs.items()}
+
+
+def counted(targets: Mapping[str, Target], layers: Iterable[LayerReport]) -> dict[str, Target]:
+    """The targets, in whose schemes stand how many columns of each layer were left in float, if any were to be."""
+    counts = {layer.module: layer.outlier_columns for layer in layers if layer.outlier_columns is not None}
+    return {
+        key: replace(target, scheme=replace(target.scheme, outlier_columns=counts[target.module]))
+        if target.module in counts
+        else target
+        for key, target in targets.items()
+    }
 
 
 def _refuse_indivisible(targets: Sequence[Target], scheme: Scheme) -> None:

@@ -33,8 +33,21 @@ class ChannelAbsmax:
             return
         rows = tuple(range(x.ndim - 1))
         # Two reductions and no copy of x, which |x| would be.
-        absmax = torch.maximum(x.amax(rows), -x.amin(rows)).float() if rows else x.abs().float()
-        self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
+        self._add(torch.maximum(x.amax(rows), -x.amin(rows)).float() if rows else x.abs().float())
+
+    def merge(self, other: "ChannelAbsmax") -> None:
+        """Take in all that another one was given. Raises ValueError for another K."""
+        if other._absmax is None:
+            return
+        if self._absmax is not None and self._absmax.shape != other._absmax.shape:
+            raise ValueError(f"{other._absmax.shape[0]} channels: expected {self._absmax.shape[0]}")
+        self._add(other._absmax)
+
+    def _add(self, absmax: Tensor) -> None:
+        if self._absmax is None:
+            self._absmax = absmax.clone()
+        else:
+            torch.maximum(self._absmax, absmax, out=self._absmax)  # what stays must not scatter in memory
 
     def result(self) -> Tensor:
         """float32 [K], NaN where a channel holds one. Raises ValueError when no row was given."""
@@ -141,6 +154,17 @@ class TensorRange:
             self._counts = torch.zeros(self.BINS, dtype=torch.int64, device=x.device)
         for part in torch.split(x.reshape(-1), self.CHUNK):
             self._counts += torch.bincount(_bin(part), minlength=self.BINS)
+
+    def merge(self, other: "TensorRange") -> None:
+        """Take in all that another one, with a histogram like this one's or without, was given."""
+        if self._histogram != other._histogram:
+            raise ValueError("one has a histogram and the other hasn't")
+        if other._absmax is None:
+            return
+        self._absmax = other._absmax if self._absmax is None else torch.maximum(self._absmax, other._absmax)
+        self._one_value_a_bin &= other._one_value_a_bin
+        if other._counts is not None:
+            self._counts = other._counts.clone() if self._counts is None else self._counts + other._counts
 
     def result(self) -> float:
         """The largest magnitude; NaN if there is one. Raises ValueError when no value was given."""

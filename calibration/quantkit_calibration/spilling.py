@@ -76,7 +76,7 @@ class Spill:
         changed = [each for each in parcel.waiting if each.version != each.tensor._version]
         for each in changed:
             with each.file.open("wb") as file:
-                for piece in _bytes(each.tensor).split(PIECE):
+                for piece in _bytes(each.tensor).split(PIECE):  # type: ignore[no-untyped-call]
                     # A copy: a storage that numpy has looked at can't be resized any more.
                     file.write(piece.to("cpu", copy=True).numpy().data)
         for each in parcel.waiting:
@@ -92,7 +92,7 @@ class Spill:
             storage = each.tensor.untyped_storage()
             storage.resize_(each.nbytes)
             with each.file.open("rb") as file:
-                for piece in _bytes(each.tensor).split(PIECE):
+                for piece in _bytes(each.tensor).split(PIECE):  # type: ignore[no-untyped-call]
                     held = torch.empty(piece.numel(), dtype=torch.uint8)
                     if file.readinto(held.numpy().data) != piece.numel():
                         raise OSError(f"{each.file} is shorter than what was written")
@@ -106,7 +106,7 @@ class Spill:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _may_go(tensor: torch.Tensor) -> bool:
@@ -119,7 +119,7 @@ def _may_go(tensor: torch.Tensor) -> bool:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """All bytes of a tensor's storage; writing to them leaves the tensor's version alone."""
     storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def total_bytes(values: Iterable[Parcel]) -> int:

@@ -20,7 +20,17 @@ TRITON_KERNELS: dict[str, frozenset[torch.dtype]] = {
 }
 """For each op the quantized dtypes that a Triton kernel exists for. linear_dynamic uses scaled_mm's."""
 
-CPU_PATHS = frozenset({"scaled_mm", "linear_dynamic", "linear_tensor", "linear_llm_int8"})
+CPU_PATHS = frozenset(
+    {
+        "scaled_mm",
+        "linear_dynamic",
+        "linear_tensor",
+        "linear_block",
+        "linear_llm_int8",
+        "linear_weight_only",
+        "linear_weight_only_packed",
+    }
+)
 """Ops with an implementation of their own for the CPU; the others run the generic torch one there."""
 
 

@@ -114,7 +114,7 @@ def _shape(tensor: Tensor) -> str:
 
 def _check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     """Raise KernelError unless the arguments are those of a linear layer; the scale's shape is each op's own."""
-    if weight.dtype not in formats.QMAX or weight.ndim != 2:
+    if weight.ndim != 2 or weight.dtype not in formats.QMAX:
         raise KernelError(f"weight is {_shape(weight)}: expected [N, K] in int8, float8_e4m3fn or float8_e5m2")
     _check_x(x, weight.shape[1])
     _check_bias(bias, weight.shape[0])

@@ -5,6 +5,7 @@ device without one of its own, and the home of what the fast ways share: the int
 everywhere and the one epilogue. M tokens, K in features, N out features.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -135,6 +136,7 @@ def linear_llm_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tenso
     return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
+@functools.lru_cache(maxsize=64)
 def in_float32(number: float) -> float:
     """Return the number rounded to float32: what float32 numbers are compared with on every device."""
     return torch.tensor(number, dtype=torch.float32).item()
@@ -143,4 +145,4 @@ def in_float32(number: float) -> float:
 def tokens(x: Tensor) -> Tensor:
     """Return x [..., K] as [M, K]: a view where its strides allow one."""
     *lead, in_features = x.shape
-    return x.reshape(math.prod(lead), in_features)
+    return x if len(lead) == 1 else x.reshape(math.prod(lead), in_features)

@@ -4,17 +4,18 @@
 | --- | --- | --- | --- |
 | quantize_per_token | formats.quantize_per_token | - | - |
 | scaled_mm | int8 exact in float32; fp8 decoded | int8: `torch._int_mm`; fp8 in parts | int8: int8_scaled_mm.py |
-| linear_dynamic | the two above | the two above | int8: the two above |
-| linear_tensor | formats.quantize_per_tensor, then scaled_mm's product | cpu.py's product | - |
-| linear_block | 128 columns at a time, decoded | - | - |
+| linear_dynamic | the two above | cpu.py's product; one token in fewer calls | int8: the two above |
+| linear_tensor | formats.quantize_per_tensor, then scaled_mm's product | likewise | - |
+| linear_block | 128 columns at a time, decoded | some rows at a time | - |
 | linear_llm_int8 | outlier columns masked: no waiting for the device | outlier columns gathered | - |
-| linear_weight_only | decode, then F.linear | - | - |
-| linear_weight_only_packed | unpack, decode, then F.linear | - | - |
+| linear_weight_only | decode, then F.linear | `torch._weight_int8pack_mm`, or in parts | - |
+| linear_weight_only_packed | unpack, decode, then F.linear | likewise | - |
 
 M tokens, K in features, N out features, G scales a row. Quantized weights are [N, K] with codes of int8 or
 fp8, or packed into int32 words along K. Tensors may have any strides: a weight that is stored [K, N] is passed
 as `w.t()`, without a copy on the CPU. The typed functions below call `torch.ops.quantkit.*`, which
-torch.compile sees as single nodes. No op has a gradient: backward raises.
+torch.compile sees as single nodes, or where nobody would see them (`dispatch.py`) what implements them. No op has
+a gradient: backward raises.
 
 `checks.py` says what the arguments must be. Each op is in `reference.py` again, in float64 and plain loops, as
 the oracle of the tests.
@@ -28,8 +29,9 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from quantkit_kernels import checks, cpu, formats, generic
+from quantkit_kernels import checks, cpu, cpu_decoding, formats, generic
 from quantkit_kernels.backends import select_backend
+from quantkit_kernels.dispatch import is_plain_call
 from quantkit_kernels.errors import KernelError
 
 __all__ = [
@@ -101,6 +103,8 @@ def linear_dynamic(
     Raises:
         KernelError: for shapes, dtypes or a backend that do not fit; the message names them.
     """
+    if is_plain_call(x, weight, weight_scale, bias):
+        return _linear_dynamic(x, weight, weight_scale, bias, backend)
     return cast("Tensor", torch.ops.quantkit.linear_dynamic(x, weight, weight_scale, bias, backend))
 
 
@@ -128,6 +132,8 @@ def linear_tensor(
     Raises:
         KernelError: for shapes, dtypes or a backend that do not fit; the message names them.
     """
+    if is_plain_call(x, weight, weight_scale, input_scale, bias):
+        return _linear_tensor(x, weight, weight_scale, input_scale, bias, backend)
     return cast("Tensor", torch.ops.quantkit.linear_tensor(x, weight, weight_scale, input_scale, bias, backend))
 
 
@@ -149,6 +155,8 @@ def linear_block(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     Raises:
         KernelError: for shapes, dtypes or a backend that do not fit; the message names them.
     """
+    if is_plain_call(x, weight, weight_scale, bias):
+        return _linear_block(x, weight, weight_scale, bias, backend)
     return cast("Tensor", torch.ops.quantkit.linear_block(x, weight, weight_scale, bias, backend))
 
 
@@ -178,6 +186,8 @@ def linear_llm_int8(
     Raises:
         KernelError: for shapes, dtypes, a threshold or a backend that do not fit; the message names them.
     """
+    if is_plain_call(x, weight, weight_scale, bias):
+        return _linear_llm_int8(x, weight, weight_scale, bias, threshold, backend)
     return cast("Tensor", torch.ops.quantkit.linear_llm_int8(x, weight, weight_scale, bias, threshold, backend))
 
 
@@ -199,6 +209,8 @@ def linear_weight_only(
     Raises:
         KernelError: for shapes, dtypes or a backend that do not fit; the message names them.
     """
+    if is_plain_call(x, weight, weight_scale, bias):
+        return _linear_weight_only(x, weight, weight_scale, bias, backend)
     return cast("Tensor", torch.ops.quantkit.linear_weight_only(x, weight, weight_scale, bias, backend))
 
 
@@ -223,6 +235,8 @@ def linear_weight_only_packed(
     Raises:
         KernelError: for shapes, dtypes or a backend that do not fit; the message names them.
     """
+    if is_plain_call(x, weight_packed, weight_scale, bias):
+        return _linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits, backend)
     return cast(
         "Tensor",
         torch.ops.quantkit.linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits, backend),
@@ -296,8 +310,10 @@ def _linear_dynamic(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
     checks.linear_dynamic(x, weight, weight_scale, bias)
-    product = _scaled_product(select_backend("linear_dynamic", weight.dtype, x.device, backend))
-    return generic.linear_dynamic(x, weight, weight_scale, bias, product)
+    way = select_backend("linear_dynamic", weight.dtype, x.device, backend)
+    if way == "cpu":
+        return cpu.linear_dynamic(x, weight, weight_scale, bias)
+    return generic.linear_dynamic(x, weight, weight_scale, bias, _scaled_product(way))
 
 
 def _linear_tensor(
@@ -309,16 +325,18 @@ def _linear_tensor(
     backend: str = "auto",
 ) -> Tensor:
     checks.linear_tensor(x, weight, weight_scale, input_scale, bias)
-    product = _scaled_product(select_backend("linear_tensor", weight.dtype, x.device, backend))
-    return generic.linear_tensor(x, weight, weight_scale, input_scale, bias, product)
+    way = select_backend("linear_tensor", weight.dtype, x.device, backend)
+    implementation = cpu.linear_tensor if way == "cpu" else generic.linear_tensor
+    return implementation(x, weight, weight_scale, input_scale, bias)
 
 
 def _linear_block(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
     checks.linear_block(x, weight, weight_scale, bias)
-    select_backend("linear_block", weight.dtype, x.device, backend)
-    return generic.linear_block(x, weight, weight_scale, bias)
+    way = select_backend("linear_block", weight.dtype, x.device, backend)
+    implementation = cpu_decoding.linear_block if way == "cpu" else generic.linear_block
+    return implementation(x, weight, weight_scale, bias)
 
 
 def _linear_llm_int8(
@@ -339,8 +357,9 @@ def _linear_weight_only(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
     checks.linear_weight_only(x, weight, weight_scale, bias)
-    select_backend("linear_weight_only", weight.dtype, x.device, backend)
-    return generic.linear_weight_only(x, weight, weight_scale, bias).contiguous()
+    way = select_backend("linear_weight_only", weight.dtype, x.device, backend)
+    implementation = cpu_decoding.linear_weight_only if way == "cpu" else generic.linear_weight_only
+    return implementation(x, weight, weight_scale, bias).contiguous()
 
 
 def _linear_weight_only_packed(
@@ -352,8 +371,9 @@ def _linear_weight_only_packed(
     backend: str = "auto",
 ) -> Tensor:
     checks.linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits)
-    select_backend("linear_weight_only_packed", weight_packed.dtype, x.device, backend)
-    return generic.linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits).contiguous()
+    way = select_backend("linear_weight_only_packed", weight_packed.dtype, x.device, backend)
+    implementation = cpu_decoding.linear_weight_only_packed if way == "cpu" else generic.linear_weight_only_packed
+    return implementation(x, weight_packed, weight_scale, bias, bits).contiguous()
 
 
 def _linear_fake(name: str) -> Callable[..., Tensor]:

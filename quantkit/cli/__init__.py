@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 import click
 from quantkit_kernels.errors import KernelError
 
-from quantkit.cli import demo, evaluate, generate, inspect, methods, plan, quantize
+from quantkit.cli import bench, demo, evaluate, generate, inspect, methods, plan, push, quantize
 from quantkit.cli.options import CONTEXT
 from quantkit.errors import QuantkitError
+from quantkit.untrusted import printable
 from quantkit.version import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -25,6 +26,25 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
+LONGEST_SENTENCE = 4000
+"""Characters of an error's message; some name every layer that something is wrong with."""
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, on one line that a terminal shows as it is: names and values in it may be a stranger's."""
+    text = printable(" ".join(str(error).split()))
+    half = LONGEST_SENTENCE // 2
+    return text if len(text) <= LONGEST_SENTENCE else f"{text[:half]} ... {text[-half:]}"
+
+
+class _Line(logging.Formatter):
+    """Keeps a warning on a line of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line."""
+        return printable(super().format(record))
+
+
 class Commands(click.Group):
     """A group that turns a user's mistake into one sentence and exit 1, and Ctrl-C into exit 130 (SIGTERM: 143)."""
 
@@ -34,13 +54,15 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        logging.basicConfig(stream=sys.stderr, format="quantkit: %(message)s", level=logging.WARNING)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Line("quantkit: %(message)s"))
+        logging.basicConfig(handlers=[handler], level=logging.WARNING)
         in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
         before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
         try:
             return super().invoke(ctx)
         except (QuantkitError, KernelError) as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+            raise click.ClickException(sentence(error)) from error
         except Terminated:
             click.echo("quantkit: terminated", err=True)
             ctx.exit(TERMINATED)
@@ -61,5 +83,5 @@ def main() -> None:
     """
 
 
-for module in (quantize, plan, evaluate, inspect, generate, methods, demo):
+for module in (quantize, plan, evaluate, inspect, generate, bench, push, methods, demo):
     main.add_command(module.command)

@@ -2,7 +2,7 @@
 
 import click
 
-from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options
+from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options, say
 
 
 @click.command("generate", context_settings=CONTEXT)
@@ -47,4 +47,4 @@ def command(
         backend=backend,
         hub=hub,
     )
-    click.echo(text)
+    say(text)

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from quantkit.untrusted import printable
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,6 +51,25 @@ def hub_options(function: F) -> F:
     for option in reversed(_HUB):
         function = option(function)
     return function
+
+
+_PUSH = (
+    click.option("--private", is_flag=True, help="If the repository is made, make it a private one."),
+    click.option("--replace-weights", is_flag=True, help="Replace other weights that the repository holds already."),
+    click.option("--commit-message", metavar="TEXT", help="What the commit on the hub says."),
+)
+
+
+def push_options(function: F) -> F:
+    """The function with the options that say how a checkpoint goes to the hub."""
+    for option in reversed(_PUSH):
+        function = option(function)
+    return function
+
+
+def say(text: str) -> None:
+    """Print a result on stdout; what a terminal would obey in names that a checkpoint made up is written out."""
+    click.echo(printable(text, keep="\n\t"))
 
 
 device_option = click.option(

@@ -11,7 +11,9 @@ from quantkit.cli.options import (
     device_option,
     hub_options,
     json_option,
+    push_options,
     recipe_options,
+    say,
 )
 
 
@@ -28,6 +30,8 @@ from quantkit.cli.options import (
 @device_option
 @click.option("--restart", is_flag=True, help="Begin anew, whatever a run that was stopped has finished.")
 @click.option("--eval-dataset", metavar="SPEC", help="Evaluate the result against the float model on this data set.")
+@click.option("--push-to-hub", metavar="REPO", help="Then send the result to this repository of the hub (owner/name).")
+@push_options
 @hub_options
 @json_option
 def command(model: str, as_json: bool, **options: Any) -> None:
@@ -37,6 +41,7 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     read back from disk and verified, and OUT appears only when all of it is right. A run that was stopped, however it
     was, goes on by the same command from the last finished block. PATTERN matches module names: a
     glob on the whole name, or a regex after re:. The layer that makes the logits stays float unless included.
+    Whether a result may be pushed to the hub is found out before the work begins; when the upload fails, OUT is safe.
 
     \b
     quantkit quantize path/of/model -o OUT -m w8a8
@@ -51,7 +56,7 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     if as_json:
         import json
 
-        click.echo(json.dumps(report.to_dict(), indent=2))
+        say(json.dumps(report.to_dict(), indent=2))
     else:
-        click.echo(report.to_text())
-        click.echo(f"written to {options['output']}; load it with quantkit.load({options['output']!r})")
+        say(report.to_text())
+        say(f"written to {options['output']}; load it with quantkit.load({options['output']!r})")

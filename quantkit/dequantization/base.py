@@ -14,10 +14,26 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CheckpointError
+from quantkit.scheme import LARGEST_COUNT
 from quantkit.shards import TensorInfo
 
 PIECE = 1 << 20
 """Elements decoded at a time."""
+
+NUMBERS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+)
+"""Dtypes in which scales, zero points and the like are stored."""
 
 
 class Tensors(Protocol):
@@ -95,6 +111,10 @@ class FloatView:
     def __init__(self, source: Source, plan: Plan, dtype: torch.dtype) -> None:
         self._weights, self._where, self._transposed = source.weights, source.where, source.transposed
         self._parts, self._dtype = plan.parts, dtype
+        for key in (key for part in plan.parts.values() for key in part.keys[1:]):
+            stored = source.weights.tensors[key].dtype
+            if stored not in NUMBERS:
+                raise damaged(source.where, f"{key!r} is {stored}, which scales nothing")
         made_at = {part.keys[0]: (name, part) for name, part in plan.parts.items()}
         self.tensors: dict[str, TensorInfo] = {}
         for key, info in source.weights.tensors.items():
@@ -145,6 +165,11 @@ def need(weights: Tensors, key: str, beside: str, where: str) -> TensorInfo:
     if key not in weights.tensors:
         raise damaged(where, f"{beside!r} is stored without its {key!r}")
     return weights.tensors[key]
+
+
+def is_count(value: object) -> bool:
+    """Whether a config's value is a number of neighbours that may share a scale."""
+    return type(value) is int and 0 < value <= LARGEST_COUNT
 
 
 def need_shape(info: TensorInfo, expected: Sequence[int], key: str, where: str) -> None:

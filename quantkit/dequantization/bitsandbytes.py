@@ -31,6 +31,7 @@ from quantkit.dequantization.base import (
     Source,
     Tensors,
     damaged,
+    is_count,
     need,
     need_matrix,
     need_shape,
@@ -38,9 +39,12 @@ from quantkit.dequantization.base import (
     unknown,
 )
 from quantkit.dequantization.numbers import pairs
+from quantkit.untrusted import shown
 
 DESCRIPTION = "int8, NF4 and FP4 of bitsandbytes"
 STATE = ".quant_state.bitsandbytes__"
+LONGEST_STATE = 2**16
+"""Bytes of JSON."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,9 @@ def _decode_int8(where: str, key: str, codes: Tensor, absmax: Tensor, layout: Te
 
 def _add_4bit(made: Plan, weights: Tensors, key: str, state_key: str, where: str) -> None:
     """Take a 4-bit weight into the plan."""
+    stored = weights.tensors[state_key]
+    if stored.dtype != torch.uint8 or len(stored.shape) != 1 or stored.nbytes > LONGEST_STATE:
+        raise damaged(where, f"{state_key!r} is {stored.dtype} {list(stored.shape)}, no quant state")
     state = _read_state(weights.get(state_key), state_key, where)
     count, blocks = math.prod(state.shape), -(-math.prod(state.shape) // state.block)
     info = weights.tensors[key]
@@ -122,12 +129,12 @@ def _read_state(tensor: Tensor, key: str, where: str) -> State:
         shape, block = tuple(values["shape"]), values["blocksize"]
         nested = values.get("nested_blocksize")
         offset = float(values["nested_offset"]) if nested is not None else 0.0
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise damaged(where, f"{key!r} holds no quant state ({error!r})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise damaged(where, f"{key!r} holds no quant state ({shown(error)})") from error
     numbers = [*shape, block, *([] if nested is None else [nested])]
-    whole = all(type(number) is int and number > 0 for number in numbers)
+    whole = all(map(is_count, numbers))
     if not shape or not whole or block % 2:
-        raise damaged(where, f"{key!r} says shape {list(shape)} in blocks of {block!r}")
+        raise damaged(where, f"{key!r} says shape {shown(list(shape))} in blocks of {shown(block)}")
     return State(shape, block, nested, offset)
 
 
@@ -143,7 +150,7 @@ def _decode_4bit(
     codes = packed.contiguous().view(torch.uint8).reshape(-1)
     scale = absmax.float()
     if nested_absmax is not None and nested_map is not None and state.nested_block is not None:
-        spread = nested_absmax.float().repeat_interleave(state.nested_block)[: len(absmax)]
+        spread = nested_absmax.float()[torch.arange(len(absmax)) // state.nested_block]
         scale = nested_map.float()[absmax.int()] * spread + state.offset
     table = pairs(quant_map.float(), high_first=True)
     count = math.prod(state.shape)
@@ -151,5 +158,4 @@ def _decode_4bit(
     for start in range(0, count, step):
         stop = min(start + step, count)
         values = table.index_select(0, codes[start // 2 : -(-stop // 2)].int()).reshape(-1)[: stop - start]
-        of_blocks = scale[start // state.block : -(-stop // state.block)]
-        yield values * of_blocks.repeat_interleave(state.block)[: stop - start]
+        yield values * scale[torch.arange(start, stop) // state.block]

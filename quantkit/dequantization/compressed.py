@@ -15,6 +15,7 @@ that the model has as [K, N] (GPT-2's) is stored so where codes are stored one b
 0.20, and its earlier releases for `weight_g_idx`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from quantkit.dequantization.numbers import FP8_DTYPES, e2m1, read_floats, scale
 from quantkit.dequantization.schemes import Weights, scheme_finder
 
 DESCRIPTION = "compressed-tensors (int, float, packed, NVFP4 and MXFP4 weights)"
+LONGEST_SHAPE = 8
+"""Axes of a weight."""
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 OF_CACHES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 OF_WEIGHTS = ("weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "weight_global_scale")
@@ -132,6 +135,7 @@ def _packed(module: Module) -> Part:
     shape = (*words[:-1], columns)
     names = _scaling(module, shape, packed=True)
     if module.has("weight_shape"):
+        _check_stored_shape(module)
         names["weight_shape"] = module.key("weight_shape")
     return Part(shape, (key, *names.values()), partial(_decode_ints, module, shape, list(names)))
 
@@ -140,10 +144,19 @@ def _stored_shape(module: Module) -> list[int]:
     """The float weight's shape as the checkpoint says it."""
     key = module.key("weight_shape")
     need(module.weights, key, module.key("weight_packed"), module.where)
+    _check_stored_shape(module)
     sizes: list[int] = module.weights.get(key).flatten().tolist()
     if not sizes or not all(type(size) is int and size > 0 for size in sizes):
         raise damaged(module.where, f"{key!r} is {sizes}, no shape")
     return sizes
+
+
+def _check_stored_shape(module: Module) -> None:
+    """Return nothing; raise CheckpointError when what is stored as a shape is more than a few whole numbers."""
+    key = module.key("weight_shape")
+    info = module.weights.tensors[key]
+    if info.dtype not in (torch.int32, torch.int64) or math.prod(info.shape) > LONGEST_SHAPE:
+        raise damaged(module.where, f"{key!r} is {info.dtype} {list(info.shape)}, no shape")
 
 
 def _scaling(module: Module, shape: tuple[int, ...], *, packed: bool) -> dict[str, str]:

@@ -21,9 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.dequantization.base import Part, Plan, Source, damaged, need_matrix, unknown
+from quantkit.dequantization.base import Part, Plan, Source, damaged, is_count, need_matrix, unknown
 from quantkit.dequantization.grids import Block, Blocks, check_grid, scaled
 from quantkit.dequantization.numbers import FP8_DTYPES, PACKED_DTYPES, e2m1, read_floats, scale_values
+from quantkit.untrusted import shown
 
 DESCRIPTION = "FP8 in blocks or per tensor, as of DeepSeek"
 MX_BLOCK = (1, 32)
@@ -83,8 +84,8 @@ def _block_size(stored: Mapping[str, Any], where: str) -> Block | None:
     if value is None:
         return None
     sizes = list(value) if isinstance(value, (list, tuple)) else []
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise unknown(where, f"weight_block_size is {value!r}, not two positive whole numbers or null")
+    if len(sizes) != 2 or not all(map(is_count, sizes)):
+        raise unknown(where, f"weight_block_size is {shown(value)}, not two positive whole numbers or null")
     return sizes[0], sizes[1]
 
 

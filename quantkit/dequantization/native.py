@@ -2,17 +2,17 @@
 
 A row of words holds K rounded up to a multiple of 4: where 4 doesn't divide it, only a group size or the model says K.
 Experts that one parameter `O.P` holds together are stored a layer an expert, as `O.0.P`, and become `O.P` again; those
-in x out are stored so, [K, N], with a scale [1, N].
+in x out are stored so, [K, N], with a scale [1, N]. Columns that LLM.int8 keeps in float lie beside the codes.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from quantkit.dequantization.base import Part, Plan, Source, damaged, need, need_matrix, unknown
+from quantkit.dequantization.base import Part, Plan, Source, damaged, need, need_matrix, need_shape, unknown
 from quantkit.dequantization.grids import Block, Blocks, check_grid, scaled
 from quantkit.dequantization.numbers import read_floats, scale_values
 from quantkit.formats import native
@@ -55,7 +55,7 @@ def _together(source: Source, module: str, modules: Collection[str]) -> str | No
     Its name is the module's without the expert's number. The model tells that it has three axes, or else the config
     names it as what is quantized.
     """
-    stem = re.sub(r"\.\d+(\.[^.]+)$", r"\1", module)
+    stem = re.sub(r"\.[0-9]{1,9}(\.[^.]+)$", r"\1", module)
     if stem == module or module in modules or f"{module}.weight" in source.shapes:
         return None
     names = (stem, f"{stem}.weight")
@@ -91,6 +91,13 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
     keys = [f"{member}.{leaf}" for leaf in ("weight", "weight_scale") for member in members]
     shape = (len(members), rows, columns) if is_fused else (rows, columns)
     decoder = partial(_decode, getattr(torch, scheme.weight_dtype), (rows, columns), block)
+    if scheme.outlier_columns is not None:
+        kept = [f"{members[0]}.outlier_columns", f"{members[0]}.outlier_weight"]
+        for key, expected in zip(kept, ((scheme.outlier_columns,), (rows, scheme.outlier_columns)), strict=True):
+            need_shape(need(source.weights, key, first, where), expected, key, where)
+        if tensors[kept[0]].dtype != torch.int32:
+            raise damaged(where, f"{kept[0]!r} is {tensors[kept[0]].dtype} where torch.int32 is expected")
+        return Part(shape, (*keys, *kept), partial(_with_columns, decoder, columns, kept[0], where))
     return Part(shape, tuple(keys), decoder)
 
 
@@ -126,3 +133,24 @@ def _decode(dtype: torch.dtype, shape: tuple[int, int], block: Block, *tensors: 
     for words, scale in zip(tensors[:half], tensors[half:], strict=True):
         codes = words.contiguous().view(dtype)[:, : shape[1]]
         yield from scaled(codes, read_floats, shape, Blocks(scale_values(scale), shape, block))
+
+
+def _with_columns(
+    decoder: Callable[..., Iterator[Tensor]],
+    in_features: int,
+    key: str,
+    where: str,
+    words: Tensor,
+    scale: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+) -> Iterator[Tensor]:
+    """Yield what the decoder makes of the codes, with the columns of these numbers as they are stored in float."""
+    if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < in_features:
+        raise damaged(where, f"{key!r} names a column that the weight of {in_features} columns hasn't")
+    start = 0
+    for values in decoder(words, scale):
+        stop = start + values.shape[0]
+        values[:, columns.long()] = read_floats(weight[start:stop])
+        start = stop
+        yield values

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.dequantization.base import unknown
+from quantkit.dequantization.base import is_count, unknown
 from quantkit.formats.base import checked_targets
+from quantkit.untrusted import first_fit
 
 FORMATS = (
     "int-quantized",
@@ -74,7 +75,7 @@ def scheme_finder(stored: Mapping[str, Any], where: str) -> Callable[[str], Weig
     def find(module: str) -> Weights:
         if module in by_target:
             return by_target[module]
-        matching = next((regex for regex in regexes if re.match(regex[3:], module)), None)
+        matching = first_fit(module, regexes)
         if matching is not None:
             return by_target[matching]
         if len(by_class) != 1:
@@ -112,7 +113,7 @@ def _weights(name: str, weights: Mapping[str, Any], where: str) -> Weights:
     block = _block_structure(weights.get("block_structure")) if strategy == "block" else (1, 1)
     fits = type(bits) is int and ((kind == "int" and 1 <= bits <= 8) or (kind == "float" and bits in (4, 8)))
     fits = fits and strategy in ("tensor", "channel", "group", "block")
-    fits = fits and (strategy != "group" or (type(size) is int and size > 0))
+    fits = fits and (strategy != "group" or is_count(size))
     if not fits or block is None or weights.get("dynamic"):
         raise unknown(
             where,
@@ -127,7 +128,8 @@ def _weights(name: str, weights: Mapping[str, Any], where: str) -> Weights:
 
 def _block_structure(value: Any) -> tuple[int, int] | None:
     """Rows and columns of a block, written as a list or, by early releases, as `128x128`; None for anything else."""
-    sizes = [int(part) for part in value.split("x") if part.isdigit()] if isinstance(value, str) else value
-    if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+    written = re.fullmatch("([0-9]{1,9})x([0-9]{1,9})", value) if isinstance(value, str) else None
+    sizes = [int(part) for part in written.groups()] if written is not None else value
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(map(is_count, sizes)):
         return None
     return sizes[0], sizes[1]

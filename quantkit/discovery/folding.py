@@ -27,6 +27,8 @@ def apply_edit(value: Tensor, edit: Edit, s: Tensor) -> Tensor:
     factor = s.to(value.device, torch.float32)[channels.clamp(min=0)].pow(edit.power)
     factor = torch.where(channels < 0, 1.0, factor)
     factor = factor.view([-1 if axis == edit.axis % value.ndim else 1 for axis in range(value.ndim)])
+    if not edit.offset:
+        return (value.float() * factor).to(value.dtype)
     return ((value.float() + edit.offset) * factor - edit.offset).to(value.dtype)
 
 

@@ -1,6 +1,5 @@
 """What every format speaks of: the specification of a stored tensor, and which modules have which scheme."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +8,7 @@ import torch
 
 from quantkit.errors import CheckpointError
 from quantkit.scheme import BLOCK, Scheme
+from quantkit.untrusted import first_fit, fits, regex_trouble, shown
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,14 @@ class Layout:
         ignore: modules left in float: class names, module names, or regexes after `re:`.
         spares_head: whether the layer that makes the logits and layers that share their weight with another stay in
             float too. The config doesn't say which they are; a reader asks the model.
+        cache_scales: the last parts of the names of tensors by which servers scale cached keys and values. They are
+            held as they are stored, and unused: the cache here has the model's dtype.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...] = ()
     spares_head: bool = False
+    cache_scales: tuple[str, ...] = ()
 
     def scheme_of(self, module: str, class_name: str = "Linear") -> Scheme | None:
         """The scheme of the linear layer of that name, or None when it is in float.
@@ -86,9 +89,9 @@ class Layout:
         Where targets of several groups name it, its own name goes before a regex, and a regex before its class; of
         two regexes the first in alphabetical order counts (compressed-tensors 0.20, `match_targets`).
         """
-        if not self._ignored.isdisjoint((module, class_name)) or _first_match(module, self._ignored_regexes):
+        if not self._ignored.isdisjoint((module, class_name)) or first_fit(module, self._ignored_regexes):
             return None
-        named = (module, _first_match(module, self._regexes), class_name)
+        named = (module, first_fit(module, self._regexes), class_name)
         return next((self._schemes[target] for target in named if target in self._schemes), None)
 
     # Looked up for every module of a model: a mixture of experts has tens of thousands, each named on its own.
@@ -117,21 +120,23 @@ def checked_targets(values: object, where: str) -> tuple[str, ...]:
         CheckpointError: it is no list of names, or a regex in it is broken.
     """
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise CheckpointError(f"{where} of quantization_config is {values!r}, not a list of names; mend config.json")
+        raise CheckpointError(
+            f"{where} of quantization_config is {shown(values)}, not a list of names; mend config.json"
+        )
     for value in values:
-        try:
-            re.compile(value[3:] if value.startswith("re:") else "")
-        except (re.error, RecursionError, OverflowError) as error:
+        trouble = regex_trouble(value[3:]) if value.startswith("re:") else None
+        if trouble is not None:
             raise CheckpointError(
-                f"{where} of quantization_config holds {value!r}, no regular expression ({error}); mend config.json"
-            ) from error
+                f"{where} of quantization_config holds {shown(value)}, no regular expression ({trouble}); "
+                "mend config.json"
+            )
     return tuple(values)
 
 
 def named(module: str, targets: Iterable[str], class_name: str) -> bool:
     """Whether a module is among targets: by class name, by its own name, or by a regex from the name's start."""
     for target in targets:
-        if target in (class_name, module) or (target.startswith("re:") and re.match(target[3:], module)):
+        if target in (class_name, module) or (target.startswith("re:") and fits(target[3:], module)):
             return True
     return False
 
@@ -139,8 +144,3 @@ def named(module: str, targets: Iterable[str], class_name: str) -> bool:
 def _regexes_of(targets: Iterable[str]) -> list[str]:
     """The regexes among targets, in alphabetical order."""
     return sorted(target for target in targets if target.startswith("re:"))
-
-
-def _first_match(module: str, regexes: Iterable[str]) -> str | None:
-    """The first regex that matches a module's name from its start, or None."""
-    return next((regex for regex in regexes if re.match(regex[3:], module)), None)

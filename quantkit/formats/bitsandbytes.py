@@ -13,7 +13,8 @@ import torch
 
 from quantkit.errors import CheckpointError
 from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets
-from quantkit.scheme import Scheme
+from quantkit.scheme import LARGEST, Scheme
+from quantkit.untrusted import fits, shown
 
 NAME = "bitsandbytes"
 THRESHOLD = 6.0
@@ -22,6 +23,8 @@ THRESHOLD = 6.0
 
 def reason_against(scheme: Scheme) -> str | None:
     """Why this format can't say the scheme, or None."""
+    if scheme.outlier_columns is not None:
+        return "it keeps no column of a weight in float"
     return None if scheme.threshold is not None else "it is for LLM.int8 alone"
 
 
@@ -102,7 +105,7 @@ def skips(module: str, patterns: Iterable[str]) -> bool:
 
     It is `should_convert_module` of transformers 5.23. A model class's `_keep_in_fp32_modules` are such patterns too.
     """
-    return any(re.match(_regex(pattern), module) for pattern in patterns)
+    return any(fits(_regex(pattern), module) for pattern in patterns)
 
 
 def _regex(pattern: str) -> str:
@@ -127,9 +130,9 @@ def parse(config: Mapping[str, Any]) -> Layout:
         )
     threshold = config.get("llm_int8_threshold", THRESHOLD)
     number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if not number or not 0 <= threshold < float("inf"):
+    if not number or not 0 <= threshold <= LARGEST:
         raise CheckpointError(
-            f"llm_int8_threshold of quantization_config is {threshold!r}, not a number from 0; mend config.json"
+            f"llm_int8_threshold of quantization_config is {shown(threshold)}, not a number from 0; mend config.json"
         )
     skipped = config.get("llm_int8_skip_modules")
     names = [] if skipped is None else checked_targets(skipped, "llm_int8_skip_modules")

@@ -6,27 +6,38 @@
 | E4M3, activations too | float-quantized | `weight` float8_e4m3fn [N, K], `weight_scale` |
 | E4M3 weights only | naive-quantized | as above |
 | int8 weights only | pack-quantized | `weight_packed` int32 [N, K/4], `weight_scale`, `weight_shape` int64 [2] |
+| int4 weights only | pack-quantized | `weight_packed` int32 [N, K/8], and so on |
+| the same with zero points | pack-quantized | and `weight_zero_point` int32 [N/8, G], packed along N |
 
 `weight_scale` is [N, 1] by row, [N, G] in groups, [1] by tensor and [ceil(N/128), ceil(K/128)] by block; static
 activations add `input_scale` [1]. Scales have the dtype of the weight that they replace. A packed element is q + 128,
-element 0 in the lowest bits. A weight that lies in the model as [K, N] (GPT-2's) is stored so, as servers' loaders
-transpose it by its name; packed words are out x in always. The layout follows compressed-tensors 0.20.
+or q + 8 of 4 bits, element 0 in the lowest bits; 4 bits are read, and not written. Keys and values that a server is to
+cache in FP8 have scales `k_scale` and `v_scale` [1]. A weight that lies in the model as [K, N] (GPT-2's) is stored so,
+as servers' loaders transpose it by its name; packed words are out x in always. The layout follows compressed-tensors
+0.20.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from quantkit_kernels.formats import pack_int32, unpack_int32
+from quantkit_kernels.formats import pack_int32, packed_words, unpack_int32
 
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets, scale_specs, stored_scales
-from quantkit.scheme import BLOCK, Scheme
+from quantkit.scheme import BLOCK, FOUR_BITS, Scheme
 
 NAME = "compressed-tensors"
 VERSION = "0.20.0"
 STRATEGIES = {"row": "channel", "tensor": "tensor", "block": "block"}
 """Its word for what shares a scale among weights."""
+KINDS: dict[tuple[str, bool | None], str] = {
+    ("int 8", True): "int8",
+    ("float 8", True): "float8_e4m3fn",
+    ("int 4", True): "int4",
+    ("int 4", False): "uint4",
+}
+"""Its words for what codes are (type and bits, and whether they are symmetric), to Scheme's."""
 ACTIVATIONS = {
     "token": ("token", True),
     "tensor": ("tensor", True),
@@ -34,29 +45,43 @@ ACTIVATIONS = {
     "group": ("group", True),
 }
 """Its words for what shares a scale among activations: the strategy, and whether it is dynamic."""
+CACHE_SCALES = ("k_scale", "v_scale")
+"""What it stores of an attention layer whose keys and values a server is to cache in FP8."""
 
 
 def reason_against(scheme: Scheme) -> str | None:
     """Why this format can't say the scheme, or None."""
     if scheme.weight_dtype == "float8_e5m2":
         return "its FP8 is E4M3 only, and the recipe asks for E5M2"
-    if scheme.group_size is not None and scheme.weight_dtype != "int8":
+    if scheme.group_size is not None and not _is_int(scheme):
         return "its groups are for integers only"
     if scheme.threshold is not None:
         return "it has no word for outlier features that stay in float, as LLM.int8 keeps them"
     return None
 
 
+def _is_int(scheme: Scheme) -> bool:
+    return not scheme.weight_dtype.startswith("float")
+
+
 def format_name(scheme: Scheme) -> str:
     """The value of `format` in the config."""
-    if scheme.weight_dtype == "int8":
+    if _is_int(scheme):
         return "pack-quantized" if scheme.activation_dtype is None else "int-quantized"
     return "naive-quantized" if scheme.activation_dtype is None else "float-quantized"
 
 
 def is_packed(scheme: Scheme) -> bool:
-    """Whether codes are packed into words."""
+    """Whether codes are packed into words that an op unpacks: with zero points `decompress` does it."""
+    return _is_in_words(scheme) and not _has_zeros(scheme)
+
+
+def _is_in_words(scheme: Scheme) -> bool:
     return format_name(scheme) == "pack-quantized"
+
+
+def _has_zeros(scheme: Scheme) -> bool:
+    return scheme.weight_dtype == "uint4"
 
 
 def tensor_specs(
@@ -64,9 +89,14 @@ def tensor_specs(
 ) -> dict[str, TensorSpec]:
     """What is stored for a linear layer [N, K] whose float weight has this dtype (and is [K, N] when transposed)."""
     scales = scale_specs(scheme, out_features, in_features, dtype)
-    if is_packed(scheme):
-        words = TensorSpec((out_features, -(-in_features * scheme.bits // 32)), torch.int32)
-        return {"weight_packed": words, **scales, "weight_shape": TensorSpec((2,), torch.int64)}
+    if _is_in_words(scheme):
+        words = TensorSpec((out_features, packed_words(in_features, scheme.bits)), torch.int32)
+        specs = {"weight_packed": words, **scales, "weight_shape": TensorSpec((2,), torch.int64)}
+        if _has_zeros(scheme):
+            _, groups = scales["weight_scale"].shape
+            zeros = TensorSpec((packed_words(out_features, scheme.bits), groups), torch.int32)
+            specs["weight_zero_point"] = zeros
+        return specs
     shape = (in_features, out_features) if transposed else (out_features, in_features)
     return {"weight": TensorSpec(shape, getattr(torch, scheme.weight_dtype)), **scales}
 
@@ -78,9 +108,17 @@ def compress(
     input_scale: torch.Tensor | None = None,
     transposed: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Codes [N, K] and their scale as they are stored; `input_scale` with static activations."""
+    """Codes [N, K] and their scale as they are stored; `input_scale` with static activations.
+
+    Raises:
+        CheckpointError: the scheme has zero points, which codes alone don't tell.
+    """
+    if _has_zeros(scheme):
+        raise CheckpointError(
+            f"{scheme.label} with zero points is read, and not written; keep the checkpoint that it came from"
+        )
     scales = stored_scales(scheme, scale, input_scale)
-    if is_packed(scheme):
+    if _is_in_words(scheme):
         shape = torch.tensor(list(codes.shape), dtype=torch.int64)
         return {"weight_packed": pack_int32(codes, scheme.bits), **scales, "weight_shape": shape}
     return {"weight": codes.t().contiguous() if transposed else codes, **scales}
@@ -89,11 +127,20 @@ def compress(
 def decompress(
     scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K], a view of the weight where it isn't packed, and their scale."""
-    if is_packed(scheme):
-        return unpack_int32(tensors["weight_packed"], scheme.bits, in_features), tensors["weight_scale"]
+    """Codes [N, K], a view of the weight where it isn't packed, and their scale.
+
+    Of 4 bits with a zero point each code is int8 already less its zero point, from -15 to 15.
+    """
+    scale = tensors["weight_scale"]
+    if _is_in_words(scheme):
+        codes = unpack_int32(tensors["weight_packed"], scheme.bits, in_features)
+        if _has_zeros(scheme):
+            words = tensors["weight_zero_point"].t().contiguous()
+            zeros = unpack_int32(words, scheme.bits, codes.shape[0]).t()
+            codes = (codes.view(*zeros.shape, -1) - zeros.unsqueeze(-1)).flatten(1)
+        return codes, scale
     weight = tensors["weight"]
-    return weight.t() if transposed else weight, tensors["weight_scale"]
+    return weight.t() if transposed else weight, scale
 
 
 def config(scheme: Scheme, modules: Sequence[str], left: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +168,7 @@ def config(scheme: Scheme, modules: Sequence[str], left: Sequence[str]) -> dict[
 
 
 def _numbers(scheme: Scheme) -> dict[str, Any]:
-    return {"num_bits": scheme.bits, "type": "int" if scheme.weight_dtype == "int8" else "float", "symmetric": True}
+    return {"num_bits": scheme.bits, "type": "int" if _is_int(scheme) else "float", "symmetric": not _has_zeros(scheme)}
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
@@ -148,9 +195,11 @@ def parse(config: Mapping[str, Any]) -> Layout:
     ignore = checked_targets(config.get("ignore") or [], "ignore")
     if not isinstance(groups, Mapping):
         raise CheckpointError("quantization_config has no config_groups; it isn't a compressed-tensors checkpoint")
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    for key in ("sparsity_config", "transform_config"):
         if config.get(key) and config[key] != {"format": "dense"}:
-            raise CheckpointError(f"quantization_config uses {key}, which quantkit doesn't read yet")
+            raise CheckpointError(
+                f"quantization_config uses {key}, which quantkit doesn't read; load it with the software that wrote it"
+            )
     found = []
     for name, group in groups.items():
         if not isinstance(group, Mapping):
@@ -166,20 +215,41 @@ def parse(config: Mapping[str, Any]) -> Layout:
                 f"group {name!r} is stored as {stored!r}; quantkit reads {format_name(scheme)!r} for it"
             )
         found.append(Group(scheme, targets))
-    return Layout(tuple(found), ignore)
+    return Layout(tuple(found), ignore, cache_scales=_cache_scales(config.get("kv_cache_scheme")))
+
+
+def _cache_scales(scheme: object) -> tuple[str, ...]:
+    """The last parts of the names of the scales that a scheme for cached keys and values goes with.
+
+    Raises:
+        CheckpointError: it isn't FP8 with one stored scale.
+    """
+    if not scheme:
+        return ()
+    words = scheme if isinstance(scheme, Mapping) else {"num_bits": None}
+    plain = _is_symmetric(words) and not words.get("dynamic")
+    if not plain or (_numbers_of(words), _strategy(words)) != ("float 8", "tensor"):
+        raise CheckpointError(
+            f"quantization_config's kv_cache_scheme is {_said(scheme)}, which quantkit doesn't read (it reads static "
+            "float 8 tensor); load it with the software that wrote it, or quantize it again with --dequantize"
+        )
+    return CACHE_SCALES
 
 
 def _scheme_of(name: str, group: Mapping[str, Any]) -> Scheme:
     """The scheme of one config group, or CheckpointError."""
     given, activations = group.get("weights"), group.get("input_activations")
     weights: Mapping[str, Any] = given if isinstance(given, Mapping) else {"num_bits": None}
-    kind = {"int 8": "int8", "float 8": "float8_e4m3fn"}.get(_numbers_of(weights))
+    kind = KINDS.get((_numbers_of(weights), _is_symmetric(weights)))
     shared, activation = _granularity_of(weights), _activation_of(weights, activations)
-    if kind is None or shared is None or activation is None or group.get("output_activations"):
+    fits = kind not in FOUR_BITS or shared in ("row", "group")
+    if kind is None or shared is None or activation is None or not fits or group.get("output_activations"):
         raise CheckpointError(
-            f"quantization_config's group {name!r} has a scheme that quantkit doesn't read (it reads symmetric 8-bit "
-            "weights by channel, group, tensor or block of 128 x 128, with activations in float, or in the weights' "
-            "8 bits: by token or tensor, or by group of 128 with blocks)"
+            f"quantization_config's group {name!r} has {_said(weights)} weights with "
+            f"{_said(activations) if activations else 'float'} activations, which quantkit doesn't load (it loads "
+            "symmetric 8-bit weights by channel, group, tensor or block of 128 x 128, with activations in float, or in "
+            "the weights' 8 bits: by token or tensor, or by group of 128 with blocks; and int weights of 4 bits by "
+            "channel or group); load it with the software that wrote it, or quantize it again with --dequantize"
         )
     size = weights.get("group_size") if shared == "group" else None
     try:
@@ -199,6 +269,20 @@ def _numbers_of(args: Mapping[str, Any]) -> str:
     return f"{args.get('type', 'int')} {args.get('num_bits', 8)}"
 
 
+def _is_symmetric(args: Mapping[str, Any]) -> bool | None:
+    """Whether there is no zero point; None where the config says neither."""
+    symmetric = args.get("symmetric", True)
+    return symmetric if isinstance(symmetric, bool) else None
+
+
+def _said(args: object) -> str:
+    """What the config calls weights or activations, such as `asymmetric int 4 group`."""
+    if not isinstance(args, Mapping):
+        return repr(args)
+    symmetric = "" if _is_symmetric(args) else "asymmetric "
+    return f"{symmetric}{_numbers_of(args)} {_strategy(args)}"
+
+
 def _strategy(args: Mapping[str, Any]) -> object:
     """The strategy of weights or activations; where it is left out, what the group size means."""
     size = args.get("group_size")
@@ -209,9 +293,8 @@ def _strategy(args: Mapping[str, Any]) -> object:
 def _granularity_of(weights: Mapping[str, Any]) -> str | None:
     """What shares a scale among weights: `row`, `tensor`, `block` or `group`; None for what quantkit doesn't read."""
     strategy, block = _strategy(weights), weights.get("block_structure")
-    plain = weights.get("symmetric", True) is True and not weights.get("dynamic")
     # Columns quantized in another order ("weight") lie on disk in their own; "group" stores them permuted.
-    if not plain or weights.get("actorder") not in (None, False, "weight", "static"):
+    if weights.get("dynamic") or weights.get("actorder") not in (None, False, "weight", "static"):
         return None
     if block not in (([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}") if strategy == "block" else (None,)):
         return None
@@ -227,7 +310,7 @@ def _activation_of(weights: Mapping[str, Any], activations: object) -> str | Non
     """
     if not activations:
         return "token"
-    if not isinstance(activations, Mapping) or activations.get("symmetric", True) is not True:
+    if not isinstance(activations, Mapping) or not _is_symmetric(activations):
         return None
     strategy, dynamic = _strategy(activations), activations.get("dynamic") or False
     if _numbers_of(activations) != _numbers_of(weights) or (

@@ -1,4 +1,4 @@
-"""quantkit's own format, version 1: holds E5M2, loads with quantkit only. Described in docs/formats.md.
+"""quantkit's own format, versions 1 and 2: holds every scheme, loads with quantkit only. Described in docs/formats.md.
 
 A linear layer's tensors are `weight` int32 [N, ceil(K/4)], the bytes of its codes (two's complement, E4M3 or E5M2),
 element 0 in the lowest byte, rows padded with zero bytes; `weight_scale`, [N, G] with G groups of K (one unless the
@@ -6,6 +6,9 @@ scheme has a group size), [1] by tensor, or [ceil(N/128), ceil(K/128)] by block,
 replaces (float32 for LLM.int8); and with static activations `input_scale` [1] in the same dtype. Weights are out x in,
 also where the model has them in x out. The name `weight` is kept on purpose with another shape: software that doesn't
 know the format stops there, instead of running codes as if they were weights.
+
+Version 2 has LLM.int8 with outlier columns in float beside it: `outlier_columns` int32 [O], their numbers in ascending
+order, and `outlier_weight` [N, O], the weight in these columns, in its own dtype. Their codes are 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +20,16 @@ import torch.nn.functional as F
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets, scale_specs, stored_scales
 from quantkit.scheme import Scheme
+from quantkit.untrusted import shown
 
 NAME = "quantkit"
-VERSION = 1
+VERSION = 2
+"""The newest; a checkpoint that version 1 can hold is written in version 1."""
 
 
 def reason_against(scheme: Scheme) -> str | None:
-    """None: this format can say every scheme."""
-    return None
+    """None: this format can say every scheme whose codes are bytes."""
+    return None if scheme.bits == 8 else "its codes are bytes"
 
 
 def is_packed(scheme: Scheme) -> bool:
@@ -36,8 +41,12 @@ def tensor_specs(
     scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype, transposed: bool = False
 ) -> dict[str, TensorSpec]:
     """What is stored for a linear layer [N, K] whose float weight has this dtype, transposed or not."""
-    weight = TensorSpec((out_features, -(-in_features // 4)), torch.int32)
-    return {"weight": weight} | scale_specs(scheme, out_features, in_features, dtype)
+    specs = {"weight": TensorSpec((out_features, -(-in_features // 4)), torch.int32)}
+    specs |= scale_specs(scheme, out_features, in_features, dtype)
+    if scheme.outlier_columns is not None:
+        specs["outlier_columns"] = TensorSpec((scheme.outlier_columns,), torch.int32)
+        specs["outlier_weight"] = TensorSpec((out_features, scheme.outlier_columns), dtype)
+    return specs
 
 
 def compress(
@@ -46,25 +55,50 @@ def compress(
     scale: torch.Tensor,
     input_scale: torch.Tensor | None = None,
     transposed: bool = False,
+    outliers: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Codes [N, K] and their scale as they are stored; `input_scale` with static activations."""
+    """Codes [N, K] and their scale as they are stored; `input_scale` with static activations.
+
+    `outliers` are the numbers [O] of the columns that stay in float, ascending, and the weight there, [N, O].
+
+    Raises:
+        ValueError: the scheme has such columns and there are none given, or the other way round.
+    """
+    if (outliers is None) != (scheme.outlier_columns is None):
+        raise ValueError(f"{scheme.label}: columns in float go with a scheme that has them, and only there")
     padding = -codes.shape[1] % 4
     words = F.pad(codes.contiguous().view(torch.uint8), (0, padding)).contiguous().view(torch.int32)
-    return {"weight": words} | stored_scales(scheme, scale, input_scale)
+    stored = {"weight": words} | stored_scales(scheme, scale, input_scale)
+    if outliers is not None:
+        stored |= {"outlier_columns": outliers[0].to(torch.int32), "outlier_weight": outliers[1].contiguous()}
+    return stored
 
 
 def decompress(
     scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K], a view of the stored words, and their scale."""
+    """Codes [N, K], a view of the stored words, and their scale; codes of columns that are stored in float are 0."""
     codes = tensors["weight"].view(getattr(torch, scheme.weight_dtype))
     return codes[:, :in_features], tensors["weight_scale"]
 
 
-def config(scheme: Scheme, modules: Sequence[str], left: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint in which just these modules are quantized."""
-    groups = [{"scheme": scheme.to_dict(), "modules": list(modules)}]
-    return {"quant_method": NAME, "version": VERSION, "groups": groups}
+def config(
+    scheme: Scheme, modules: Sequence[str], left: Sequence[str], columns: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint in which just these modules are quantized.
+
+    Where the scheme has outlier columns in float, `columns` says how many of each module (without it the scheme does):
+    modules that have as many make a group.
+    """
+    said = scheme.to_dict()
+    if scheme.outlier_columns is None:
+        del said["outlier_columns"]  # version 1 doesn't know the key
+        return {"quant_method": NAME, "version": 1, "groups": [{"scheme": said, "modules": list(modules)}]}
+    counts: dict[int, list[str]] = {}
+    for module in modules:
+        counts.setdefault(columns[module] if columns else scheme.outlier_columns, []).append(module)
+    groups = [{"scheme": said | {"outlier_columns": count}, "modules": counts[count]} for count in sorted(counts)]
+    return {"quant_method": NAME, "version": 2, "groups": groups}
 
 
 def parse(config: Mapping[str, Any]) -> Layout:
@@ -73,18 +107,21 @@ def parse(config: Mapping[str, Any]) -> Layout:
     Raises:
         CheckpointError: another version, or a config that isn't one.
     """
-    if config.get("version") != VERSION:
+    version = config.get("version")
+    if type(version) is not int or version not in range(1, VERSION + 1):
         raise CheckpointError(
-            f"the checkpoint is in version {config.get('version')!r} of quantkit's format and this quantkit reads "
-            f"version {VERSION}; use a quantkit that knows it"
+            f"the checkpoint is in version {shown(version)} of quantkit's format and this quantkit reads "
+            f"versions up to {VERSION}; use a quantkit that knows it"
         )
     groups = config.get("groups")
     if not isinstance(groups, list):
-        raise CheckpointError(f"groups of quantization_config is {groups!r}, not a list; mend config.json")
+        raise CheckpointError(f"groups of quantization_config is {shown(groups)}, not a list; mend config.json")
     found = []
     for group in groups:
         try:
             scheme, modules = Scheme(**group["scheme"]), group["modules"]
+            if (reason := reason_against(scheme)) is not None:
+                raise RecipeError(f"{scheme.label}: {reason}")
         except (TypeError, KeyError, RecipeError) as error:
             raise CheckpointError(
                 f"a group of quantization_config cannot be read ({error}); mend config.json"

@@ -95,6 +95,6 @@ class Method(ABC):
         """
 
     def observes(self, parameters: Mapping[str, str]) -> bool:
-        """Whether it needs calibration data: where its scheme stores a scale of the activations."""
+        """Whether it needs calibration data: where its scheme stores something of the activations."""
         scheme = self.scheme(parameters)
-        return scheme is not None and scheme.is_static
+        return scheme is not None and scheme.needs_data

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from quantkit.errors import DataError
-from quantkit.texts.files import ENDINGS, file_rows, looks_like_a_path, split_field
+from quantkit.texts.files import ENDINGS, exists, file_rows, looks_like_a_path, split_field
 from quantkit.texts.rows import Purpose, Texts, Tokens, first_line, interpret
 from quantkit.texts.sets import KNOWN, read_hub, read_known, read_saved_folder
+from quantkit.untrusted import is_plain_file, shown
 
 __all__ = ["KNOWN", "Purpose", "Texts", "Tokens", "encode", "read", "tokenize"]
 
@@ -45,17 +46,19 @@ def read(
     if text in KNOWN:
         return read_known(text, purpose, data_dir, token, cache_dir)
     path, column = split_field(text)
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         return read_saved_folder(path, text, purpose)
-    if path.is_file():
+    if is_plain_file(path):
         return interpret(file_rows(path, column), column, text)
     if looks_like_a_path(text):
-        raise DataError(f"{text} doesn't exist: give a {', '.join(ENDINGS[:4])} file or a save_to_disk folder")
+        raise DataError(
+            f"{shown(text, str)} doesn't exist: give a {', '.join(ENDINGS[:4])} file or a save_to_disk folder"
+        )
     parts = text.split(":", 2)  # a split may hold colons: train[:10%]
     if parts[0].count("/") != 1 or not all(parts):
         raise DataError(
-            f"{text!r} is no known data set: give a file, a folder, one of {', '.join(KNOWN)}, or a data set of the "
-            "hub as org/name[:config[:split]]"
+            f"{shown(text)} is no known data set: give a file, a folder, one of {', '.join(KNOWN)}, or a data set of "
+            "the hub as org/name[:config[:split]]"
         )
     return read_hub(text, parts, purpose, token, cache_dir)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantkit.errors import DataError
 from quantkit.texts.rows import Row, columns_of, first_line
+from quantkit.untrusted import is_plain_file
 
 PLAIN_ENDINGS = (".txt", ".raw", ".tokens")
 ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".raw", ".tokens")
@@ -16,14 +17,28 @@ FILE_ENDINGS = (*ENDINGS, ".arrow", ".csv", ".gz", ".md", ".tsv", ".xml", ".zip"
 
 def split_field(spec: str) -> tuple[Path, str | None]:
     """The path of a SPEC and the field after its last colon, where what stands before the colon is a file."""
-    path = Path(spec).expanduser()
-    if path.exists() or ":" not in spec:
+    path = expanded(spec)
+    if exists(path) or ":" not in spec:
         return path, None
     head, column = spec.rsplit(":", 1)
-    path = Path(head).expanduser()
-    if path.is_file() and column:
-        return path, column
-    return Path(spec).expanduser(), None
+    file = expanded(head)
+    return (file, column) if is_plain_file(file) and column else (path, None)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder that a ~ means, where there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a name that no file system takes is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def looks_like_a_path(spec: str) -> bool:
@@ -86,6 +101,8 @@ def _json_rows(path: Path) -> list[Row]:
         ) from error
     except RecursionError as error:
         raise DataError(f"{path} is JSON nested too deeply: expected a list of objects") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{path} isn't JSON ({first_line(error)}): expected a list of objects") from error
     return _objects(value if isinstance(value, list) else [value], path)
 
 
@@ -109,6 +126,6 @@ def _parquet_rows(path: Path, column: str | None) -> list[Row]:
         if not set(wanted) <= set(names):
             raise DataError(f"{path} has no field {column!r}: it has {', '.join(names)}; give {path}:FIELD")
         rows: list[Row] = pq.read_table(path, columns=wanted).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} isn't a readable parquet file ({first_line(error)}): write it again") from error
     return rows

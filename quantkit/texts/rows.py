@@ -123,6 +123,11 @@ def _conversations(conversations: list[Any], name: str) -> Texts:
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise DataError(f"{name} row {number} is no conversation: expected a list of role and content objects")
     said = tuple([_without_fillers(message) for message in messages] for messages in conversations)
+    for number, messages in enumerate(said, 1):
+        try:
+            json.dumps(messages, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name} row {number} holds half a surrogate pair, no character: mend the text") from error
     content = (json.dumps(messages, sort_keys=True) for messages in said)
     return Texts(name, "messages", _fingerprint(content, name), conversations=said)
 

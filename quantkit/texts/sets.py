@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import DataError
-from quantkit.texts.files import ENDINGS, decoded, file_rows
+from quantkit.texts.files import ENDINGS, decoded, exists, expanded, file_rows
 from quantkit.texts.rows import Purpose, Row, Texts, columns_of, first_line, interpret
+from quantkit.untrusted import read_json, refuse_links, shown
 
+SPLITS, STATE = "dataset_dict.json", "state.json"
+"""Where save_to_disk says which splits there are, and which files a split has."""
 NOT_DATA = ("source", "readme", "license", "licence", "notice")
 
 
@@ -60,15 +63,41 @@ def read_saved_folder(path: Path, spec: str, purpose: Purpose) -> Texts:
     import datasets
 
     try:
+        _refuse_files_elsewhere(path)
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever datasets does with files that aren't its own
         raise DataError(
             f"{path} is a folder that save_to_disk didn't make ({first_line(error)}): give a file in it instead"
         ) from error
+    split = None
     if isinstance(saved, datasets.DatasetDict):
         split = _default_split(list(saved), purpose, spec, f"{spec}/SPLIT")
-        return interpret(_dataset_rows(saved[split], None, spec), None, f"{spec}/{split}")
-    return interpret(_dataset_rows(saved, None, spec), None, spec)
+    rows, name = _dataset_rows(saved if split is None else saved[split], None, spec), spec
+    try:
+        rows.data.validate(full=True)  # type: ignore[attr-defined]
+        rows = list(rows)
+    except Exception as error:  # of a table whose offsets lie, or whose values Python doesn't have
+        raise DataError(f"{path} is damaged ({first_line(error)}): save it again") from error
+    return interpret(rows, None, name if split is None else f"{spec}/{split}")
+
+
+def _refuse_files_elsewhere(path: Path) -> None:
+    """Return nothing; raise ValueError when a saved folder names a split or file outside of itself."""
+    folders = [path]
+    if (path / SPLITS).is_file():
+        splits = read_json(path / SPLITS, "save it again")["splits"]
+        folders = [path / _plain(name) for name in splits]
+    for folder in folders:
+        for file in read_json(folder / STATE, "save it again")["_data_files"]:
+            _plain(file["filename"])
+        refuse_links(folder)
+
+
+def _plain(name: str) -> str:
+    """The name, or ValueError for one that leads out of its folder."""
+    if Path(name).name != name:
+        raise ValueError(f"it names {shown(name)}, which is outside of it")
+    return name
 
 
 def _default_split(splits: Sequence[str], purpose: Purpose, spec: str, remedy: str) -> str:
@@ -100,7 +129,7 @@ def read_known(
         text = corpus.held_out_text() if purpose == "evaluation" else corpus.training_text()
         return interpret([{"text": text}], None, name)
     if data_dir is not None:
-        path = _known_file(name, purpose, Path(data_dir).expanduser() / name)
+        path = _known_file(name, purpose, expanded(data_dir) / name)
         if name == "wikitext2" and path.suffix.lower() in (".raw", ".tokens", ".txt"):
             return interpret(_wikitext_lines(decoded(path)), None, name)
         return interpret(file_rows(path, None), None, name, last_word=name == "lambada")
@@ -115,7 +144,7 @@ def read_known(
 
 def _known_file(name: str, purpose: Purpose, folder: Path) -> Path:
     """The one file of DATA_DIR/<name>/ that the purpose asks for: by its name where there are several."""
-    if not folder.is_dir():
+    if not (exists(folder) and folder.is_dir()):
         raise DataError(f"{folder} doesn't exist: put {name} there, or leave out --data-dir to take it from the hub")
     files = sorted(
         path
@@ -176,14 +205,23 @@ def read_hub(spec: str, parts: list[str], purpose: Purpose, token: str | None, c
     try:
         if split is None:
             splits = datasets.get_dataset_split_names(path, config, token=token)
-            split = _default_split(splits, purpose, spec, f"{path}:{config or 'default'}:SPLIT")
-            spec = f"{path}:{config or 'default'}:{split}"
+            split = _default_split(splits, purpose, spec, f"{path}:{config or 'CONFIG'}:SPLIT")
         dataset = datasets.load_dataset(path, config, split=split, token=token, cache_dir=cache_dir)
+        spec = f"{path}:{config or dataset.config_name or 'default'}:{split}"
     except DataError:
         raise
     except Exception as error:  # whatever datasets, the hub or the network raise
-        raise DataError(
-            f"{spec} can't be had from the hub ({first_line(error)}): check it against org/name[:config[:split]], or "
-            "give a file"
-        ) from error
+        raise DataError(f"{spec} can't be had from the hub ({first_line(error)}): {_remedy(error, path)}") from error
     return interpret(_dataset_rows(dataset, None, spec), None, spec)
+
+
+def _remedy(error: Exception, path: str) -> str:
+    """What to do about a data set of the hub that can't be had."""
+    said = str(error)
+    if "OfflineModeIsEnabled" in said:
+        return "unset HF_HUB_OFFLINE to fetch it once, or give a file"
+    if "Couldn't reach" in said:
+        return "check the network and HF_ENDPOINT, or give a file"
+    if "cannot be accessed" in said or "gated" in said:
+        return f"check its name, ask for access and give --token if {path} is private or gated, or give a file"
+    return "check it against org/name[:config[:split]], or give a file"

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from quantkit import quantize
-from quantkit.errors import CheckpointError
 from quantkit.journal import STATE, Journal
-from quantkit.shards import ShardWriter
 
 RECIPES = {
     "w8a8": ["w8a8"],
     "smoothquant": ["smoothquant:alpha=auto", "w8a8"],
     "static": ["smoothquant", "w8a8:activation=tensor-static"],
+    "outlier-columns": ["llm-int8:outlier_weight=float,threshold=1.0"],
 }
 
 

@@ -254,3 +254,39 @@ def test_reservoir_wrong_use() -> None:
     for wrong in (torch.zeros(1, 4), torch.zeros(1, 3).bfloat16()):
         with pytest.raises(ValueError, match=r"after 3 torch\.float32"):
             sample.update(wrong)
+
+
+@pytest.mark.parametrize("histogram", [True, False])
+def test_merging_is_what_updating_with_both_would_be(histogram: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        torch.randn(7, 5, generator=generator),
+        torch.randn(3, 5, generator=generator).bfloat16(),
+        torch.zeros(0, 5),
+    ]
+    all_channels, channels = ChannelAbsmax(), ChannelAbsmax()
+    all_values, values = TensorRange(histogram), TensorRange(histogram)
+    for part in [parts[2], *parts]:
+        one, other = ChannelAbsmax(), TensorRange(histogram)
+        for made in (one, all_channels, other, all_values):
+            made.update(part)
+        channels.merge(one)
+        values.merge(other)
+        before = None if part.numel() == 0 else one.result()
+        channels.update(100 * torch.eye(5)[:1])
+        all_channels.update(100 * torch.eye(5)[:1])
+        assert before is None or torch.equal(one.result(), before)  # what was merged stays its own
+    assert torch.equal(channels.result(), all_channels.result())
+    assert values.result() == all_values.result()
+    if histogram:
+        assert values.range("percentile", percentile=60) == all_values.range("percentile", percentile=60)
+    with pytest.raises(ValueError, match="4 channels: expected 5"):
+        channels.merge(_given(torch.ones(1, 4)))
+    with pytest.raises(ValueError, match="histogram"):
+        values.merge(TensorRange(not histogram))
+
+
+def _given(x: torch.Tensor) -> ChannelAbsmax:
+    found = ChannelAbsmax()
+    found.update(x)
+    return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantkit_kernels import cpu, formats, generic
+from quantkit_kernels import cpu, cpu_decoding, formats, generic
 
 WAYS = {"with": lambda: True, "without": lambda: False}
 
@@ -87,13 +87,13 @@ def test_both_ways_give_the_same_bits(monkeypatch, out_dtype):
 @pytest.mark.parametrize("elements", [1, 200, 1 << 20])
 def test_fp8_products_by_parts(monkeypatch, dtype, elements):
     """Small whole numbers, so that every order of the float32 sums is exact: one row at a time, two, or all."""
-    monkeypatch.setattr(cpu, "_DECODED_ELEMENTS", elements)
+    monkeypatch.setattr(cpu_decoding, "_DECODED_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(3)
     for tokens, out_features, in_features in ((0, 9, 100), (1, 9, 100), (5, 9, 100), (3, 0, 100), (3, 9, 0)):
         a = torch.randint(-3, 4, (tokens, in_features), generator=generator).float().to(dtype)
         b = torch.randint(-3, 4, (out_features, in_features), generator=generator).float().to(dtype)
         for view in (b, b.view(torch.int8).t().contiguous().t().view(dtype)):
-            out = cpu.fp8_mm(a, view)
+            out = cpu_decoding.fp8_mm(a, view)
             assert out.dtype == torch.float32
             assert torch.equal(out, a.float() @ b.float().t())
 

@@ -51,7 +51,7 @@ def way(request, monkeypatch):
     if request.param == "cpu without VNNI":
         monkeypatch.setattr(cpu, "has_exact_int_mm", lambda: False)
     if request.param == "generic":
-        for name in ("scaled_mm", "linear_llm_int8"):
+        for name in ("scaled_mm", "linear_dynamic", "linear_tensor", "linear_llm_int8"):
             monkeypatch.setattr(cpu, name, getattr(generic, name))
     return request.param
 

@@ -16,6 +16,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from judging import divergence
 from safetensors.torch import save_file
 from torch import nn
 
@@ -202,17 +203,6 @@ def assert_same_products(ours: nn.Module, theirs: nn.Module, tokens: torch.Tenso
             x = x.half().to(x.dtype)
             difference = (layer(x).double() - theirs.get_submodule(name)(x).double()).abs()
             assert bool((difference <= bound(layer, x)).all()), name
-
-
-def divergence(base: nn.Module, model: nn.Module, tokens: torch.Tensor) -> float:
-    """Kullback-Leibler divergence from the base, in nats a token."""
-    total = 0.0
-    with torch.inference_mode():
-        for batch in tokens.split(8):
-            p = torch.log_softmax(base(batch).logits.double(), -1)
-            q = torch.log_softmax(model(batch).logits.double(), -1)
-            total += float((p.exp() * (p - q)).sum())
-    return total / tokens.numel()
 
 
 def assert_same_loss(base: nn.Module, ours: nn.Module, theirs: nn.Module, tokens: torch.Tensor) -> None:

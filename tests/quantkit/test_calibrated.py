@@ -141,7 +141,7 @@ class TestWhatBlocksAreFedWith:
 
         So everything that was folded, rounded and quantized is in what the next block is calibrated on.
         """
-        monkeypatch.setattr(calibrated, "BATCH_TOKENS", 64)
+        monkeypatch.setitem(calibrated.BATCH_TOKENS, "cpu", 64)
         folder = tiny_folder(model_type)
         if dtype == "bfloat16":
             folder = bfloat16(folder, tmp_path / "bfloat16")
@@ -255,13 +255,13 @@ class TestExperts:
 
     def observed(self, monkeypatch):
         seen = {}
-        fold = Smoother.fold
+        fold_all = Smoother.fold_all
 
-        def note(self, group, inputs):
+        def note(self, groups, inputs):
             seen[self.name] = inputs
-            return fold(self, group, inputs)
+            return fold_all(self, groups, inputs)
 
-        monkeypatch.setattr(Smoother, "fold", note)
+        monkeypatch.setattr(Smoother, "fold_all", note)
         return seen
 
     def test_those_that_few_tokens_reach_are_told_and_shown_all_of_the_first_batch(self, run, tiny_folder, monkeypatch):

@@ -72,13 +72,13 @@ def test_flags_are_the_keywords_of_the_function():
     import inspect
 
     from quantkit import quantize
-    from quantkit.pipeline import prepare
+    from quantkit.pipeline import foresee, planned
 
-    for name, function, more, fewer in (
-        ("quantize", quantize, {"as_json"}, {"tokenizer", "progress"}),
-        ("plan", prepare, {"as_json", "explain"}, set()),
+    for name, functions, more, fewer in (
+        ("quantize", (quantize,), {"as_json"}, {"tokenizer", "progress"}),
+        ("plan", (foresee, planned), {"as_json", "explain"}, {"arguments"}),
     ):
-        keywords = set(inspect.signature(function).parameters)
+        keywords = {keyword for function in functions for keyword in inspect.signature(function).parameters}
         flags = {option.name for option in main.commands[name].params}
         assert flags - keywords == more
         assert keywords - flags == fewer

@@ -294,9 +294,9 @@ def test_a_model_on_the_current_gpu_is_on_cuda(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(pairing, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert pairing._place(OnGpu(), None, "cuda") == "cuda"
+    assert pairing.place_of(OnGpu(), None, "cuda") == "cuda"
     with pytest.raises(QuantkitError, match=r"device is cuda:0 and OnGpu is on cuda:1: move it or say device auto"):
-        pairing._place(OnGpu(), None, "cuda:0")
+        pairing.place_of(OnGpu(), None, "cuda:0")
 
 
 # What is refused
@@ -309,7 +309,6 @@ def test_a_model_on_the_current_gpu_is_on_cuda(monkeypatch: pytest.MonkeyPatch) 
         ({"seq_len": 1}, "seq_len is 1: expected at least 2"),
         ({"seq_len": 16, "max_tokens": 15}, "max_tokens is 15, less than one window of seq_len 16"),
         ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
-        ({"tasks": ["arc_easy", "piqa"]}, "tasks is arc_easy,piqa: this needs lm-eval and isn't available"),
         ({"device": "tpu"}, "tpu"),
     ],
 )
@@ -445,6 +444,9 @@ def test_the_command_hands_every_flag_on(monkeypatch: pytest.MonkeyPatch) -> Non
         "--max-tokens": "70",
         "--batch-size": "3",
         "--tasks": "x,y",
+        "--include-path": "i",
+        "--num-fewshot": "2",
+        "--limit": "9",
         "--backend": "torch",
         "--device": "cpu",
         "--data-dir": "d",
@@ -454,7 +456,7 @@ def test_the_command_hands_every_flag_on(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     line = ["m", "--dataset", "s", "--json", "--trust-remote-code", *(word for pair in flags.items() for word in pair)]
     assert CliRunner().invoke(command, line, catch_exceptions=False).exit_code == 0
-    numbers = {"seq_len": 7, "max_tokens": 70, "batch_size": 3}
+    numbers = {"seq_len": 7, "max_tokens": 70, "batch_size": 3, "num_fewshot": 2, "limit": 9}
     words = {key.removeprefix("--").replace("-", "_"): value for key, value in flags.items()}
     expected = words | numbers | {"model": "m", "dataset": "s", "tasks": ["x", "y"], "trust_remote_code": True}
     assert seen == expected

@@ -107,7 +107,9 @@ TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 GROUP = "config_groups__group_0__"
 REFUSED = {
     "asymmetric": {GROUP + "weights__symmetric": False},
-    "4 bits": {GROUP + "weights__num_bits": 4},
+    "symmetric is text": {GROUP + "weights__symmetric": "yes"},
+    "symmetric is a list": {GROUP + "weights__symmetric": [True]},
+    "3 bits": {GROUP + "weights__num_bits": 3},
     "group size with another strategy": {GROUP + "weights__strategy": "token"},
     "dynamic weights": {GROUP + "weights__dynamic": True},
     "block without structure": {GROUP + "weights__strategy": "block"},
@@ -189,6 +191,12 @@ WRITTEN_ELSEWHERE = {
     "W8A8 static": (INT | {"strategy": "channel"}, INT | {"strategy": "tensor", "observer": "mse"}, "int-quantized"),
     "W8A8 by tensor": (INT | {"strategy": "tensor"}, INT | {"strategy": "tensor"} | DYNAMIC, "int-quantized"),
     "W8A16": (INT | {"strategy": "group", "group_size": 128, "actorder": "weight"}, None, "pack-quantized"),
+    "W4A16": (INT | {"num_bits": 4, "strategy": "group", "group_size": 128}, None, "pack-quantized"),
+    "W4A16_ASYM": (
+        INT | {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 128},
+        None,
+        "pack-quantized",
+    ),
     "FP8": (FLOAT | {"strategy": "tensor"}, FLOAT | {"strategy": "tensor"}, "float-quantized"),
     "FP8 without strategies": (FLOAT | {"strategy": None}, FLOAT | {"strategy": None}, "float-quantized"),
     "FP8_DYNAMIC": (FLOAT | {"strategy": "channel"}, FLOAT | {"strategy": "token"} | DYNAMIC, "float-quantized"),
@@ -209,6 +217,8 @@ READ = {
     "W8A8 static": Scheme(INT8, None, INT8, activation="tensor-static"),
     "W8A8 by tensor": Scheme(INT8, None, INT8, weight_granularity="tensor", activation="tensor"),
     "W8A16": Scheme(INT8, 128),
+    "W4A16": Scheme("int4", 128),
+    "W4A16_ASYM": Scheme("uint4", 128),
     "FP8": SCHEMES["fp8-static"],
     "FP8 without strategies": SCHEMES["fp8-static"],
     "FP8_DYNAMIC": SCHEMES["fp8"],

@@ -160,7 +160,7 @@ def test_unknown_methods_are_refused(config):
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 3},
         {"version": None},
         {"groups": None},
         {"groups": 5},

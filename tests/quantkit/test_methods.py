@@ -48,11 +48,12 @@ def test_every_combination_of_values_gives_another_scheme_or_is_refused(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_only_static_activations_and_transforms_that_look_at_them_observe(name):
+def test_only_what_is_stored_of_activations_and_transforms_that_look_at_them_observe(name):
     for values in combinations(name):
         with contextlib.suppress(RecipeError):
             static = {values.get("scheme"), values.get("activation")} & {"static", "tensor-static"}
-            assert method_class(name)().observes(values) == bool(static or name == "smoothquant")
+            stored = static or values.get("outlier_weight") == "float"
+            assert method_class(name)().observes(values) == bool(stored or name == "smoothquant")
 
 
 def test_smoothquant_leaves_layers_in_float():
@@ -73,6 +74,8 @@ def test_the_schemes_are_the_ones_of_the_papers():
     assert scheme("w8a8", activation="tensor-static", activation_range="mse") == static
     assert scheme("llm-int8") == Scheme(int8, None, int8, threshold=6.0)
     assert scheme("llm-int8", threshold="5") == Scheme(int8, None, int8, threshold=5.0)
+    kept = Scheme(int8, None, int8, threshold=6.0, outlier_columns=0)
+    assert scheme("llm-int8", outlier_weight="float") == kept
     assert scheme("fp8") == Scheme(e4m3, None, e4m3)
     assert scheme("fp8", scheme="weight-only") == Scheme(e4m3)
     assert scheme("fp8", scheme="static") == Scheme(

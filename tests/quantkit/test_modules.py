@@ -281,3 +281,126 @@ def test_quantkits_own_format_multiplies_in_groups(dtype):
     made.load_state_dict(native.compress(scheme, codes, scale))
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
     assert torch.equal(made(x), torch.nn.functional.linear(x, dequantize(codes, scale)))
+
+
+# A decoded weight that is kept
+
+DECODED = [name for name, scheme in SCHEMES.items() if scheme.activation_dtype != "int8"]
+
+
+def kept(name, **options):
+    made, _, _ = layer(name, **options)
+    made.keep_decoded = True
+    return made
+
+
+@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_kept_weight_gives_the_output_of_the_decoded_one(name, dtype, transposed):
+    """Sums in another order and, in bfloat16, four roundings more at most (blocks) of the sum of magnitudes."""
+    made = kept(name, dtype=dtype, transposed=transposed)
+    x = activations().to(dtype)
+    with torch.no_grad():
+        out = made(x)
+    assert made._decoded.weight.shape == (N, K)
+    made.keep_decoded = False
+    expected = made(x)
+    weight = decoded(*made.codes_and_scale(), made.scheme).abs()
+    given = as_multiplied(x.float().reshape(-1, K), made).view(x.shape).abs()
+    size = given @ weight.t() + made.bias.double().abs()
+    unit = 4 * 2**-8 if dtype == torch.bfloat16 else 2 * (K + 8) * 2**-24
+    assert (out.dtype, out.shape) == (dtype, expected.shape)
+    assert bool(((out.double() - expected.double()).abs() <= unit * size).all())
+
+
+@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if scheme.activation_dtype == "int8"])
+def test_nothing_is_kept_where_nothing_is_decoded(name):
+    made = kept(name)
+    made(activations())
+    assert made._decoded is None
+
+
+CHANGES = {
+    "written to": lambda made: made.weight_scale.mul_(2),
+    "replaced": lambda made: setattr(made, "weight_scale", made.weight_scale * 2),
+    "new data": lambda made: setattr(made.weight_scale, "data", made.weight_scale * 2),
+    "loaded": lambda made: made.load_state_dict(made.state_dict() | {"weight_scale": made.weight_scale * 2}),
+    "assigned": lambda made: made.load_state_dict(
+        made.state_dict() | {"weight_scale": made.weight_scale * 2}, assign=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8-weight-only", "fp8", "fp8-block"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_follows_the_buffers(name, change):
+    made = kept(name, bias=False)
+    x = activations()
+    with torch.no_grad():
+        before = made(x)
+        assert torch.equal(made(x), before)
+        CHANGES[change](made)
+        assert torch.equal(made(x), before * 2)  # an exact factor in every sum
+
+
+def test_what_is_kept_is_made_once_for_a_dtype():
+    made = kept("fp8")
+    with torch.no_grad():
+        made(activations())
+        first = made._decoded
+        made(activations(2))
+        assert made._decoded is first
+        made(activations().bfloat16())
+        assert made._decoded.weight.dtype == torch.bfloat16
+        made.half()
+        assert made._decoded is None
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_of_a_layer_holds_nothing_that_is_kept(way):
+    made = kept("fp8")
+    with torch.no_grad():
+        out = made(activations())
+        other = way(made)
+        assert other.keep_decoded
+        assert other._decoded is None
+        assert torch.equal(other(activations()), out)
+    assert set(made.state_dict()) == {"weight", "weight_scale", "bias"}
+
+
+def test_a_kept_weight_has_no_gradient_either():
+    made = kept("int8")
+    out = made(activations().requires_grad_())
+    with pytest.raises(modules.ops.KernelError, match="has no gradient"):
+        out.sum().backward()
+
+
+def test_buffers_without_versions_are_decoded_every_time():
+    with torch.inference_mode():
+        made = kept("fp8", bias=False)
+        out = made(activations())
+        assert made._decoded is None
+        made.weight_scale.mul_(2)
+        assert torch.equal(made(activations()), out * 2)
+
+
+def test_all_layers_of_a_model_keep_or_none():
+    model = torch.nn.Sequential(layer("fp8")[0], torch.nn.Sequential(layer("w8a8")[0], layer("int8")[0]))
+    assert modules.keep_decoded(model) == 2 * N * K
+    with torch.no_grad():
+        model[0](activations())
+    assert model[0]._decoded is not None
+    modules.keep_decoded(model, False)
+    assert model[0]._decoded is None
+    assert not any(each.keep_decoded for each in model.modules() if isinstance(each, QuantizedLinear))
+
+
+def test_a_compiled_layer_is_the_layer():
+    for name in ("w8a8", "fp8", "int8", "llm-int8"):
+        made, x = kept(name), activations()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(made, backend="aot_eager", fullgraph=True)(x)
+            made.keep_decoded = False
+            assert torch.equal(compiled, made(x))

@@ -43,7 +43,8 @@ E4M3 = {"weight_dtype": "float8_e4m3fn", "activation_dtype": "float8_e4m3fn"}
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"weight_dtype": "int4"}, "'int4'"),
+        ({"weight_dtype": "int3"}, "'int3'"),
+        ({"weight_dtype": "int4", "activation_dtype": "int4"}, "activations in int4"),
         ({"weight_dtype": None}, "None"),
         ({"weight_dtype": "int8", "activation_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"weight_dtype": "int8", "group_size": 0}, "0"),

@@ -332,3 +332,24 @@ def test_other_failures_name_the_file(tmp_path, monkeypatch):
 def test_json_that_cannot_be_written_names_the_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere/x\.json"):
         write_json(tmp_path / "nowhere" / "x.json", {})
+
+
+def test_a_checksum_from_disk_is_that_of_the_tensor(tmp_path, monkeypatch):
+    """Read in pieces that end anywhere; one bit on disk makes it another."""
+    monkeypatch.setattr(shards, "PIECE", 7)
+    writer = ShardWriter(tmp_path, 100)
+    writer.add(MANY)
+    writer.finish()
+    reader = ShardReader(tmp_path)
+    assert {name: reader.checksum(name) for name in MANY} == writer.checksums
+    name, info = next((name, info) for name, info in reader.tensors.items() if info.nbytes)
+    content = bytearray(info.path.read_bytes())
+    content[info.start + info.nbytes - 1] ^= 1
+    info.path.write_bytes(content)
+    changed = {other for other in MANY if reader.checksum(other) != writer.checksums[other]}
+    assert changed == {name}
+    info.path.write_bytes(content[: info.start])
+    assert reader.checksum(name) != writer.checksums[name]
+    info.path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        reader.checksum(name)

@@ -219,6 +219,70 @@ class TestFolds:
         assert work.changed() == set()
 
 
+class TestFoldsTogether:
+    """All groups of a block, proven in one run."""
+
+    def restored(self, work, smoother):
+        def restore():
+            work.block.load_state_dict(work.before, assign=True)
+
+        smoother.restore = restore
+        return smoother
+
+    def runs(self, smoother):
+        prove, made = smoother.prove, []
+        smoother.prove = lambda: made.append(prove()) or made[-1]
+        return made
+
+    @pytest.mark.parametrize("alpha", [0.5, None])
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+    def test_give_the_weights_that_one_after_another_gives(self, name, alpha):
+        """Bit for bit, for one proof instead of one a group."""
+        together, apart = (Work(name, torch.bfloat16, keep_rows=True) for _ in range(2))
+        smoother, other = self.restored(together, together.smoother(alpha)), apart.smoother(alpha)
+        proofs, others = self.runs(smoother), self.runs(other)
+        found = smoother.fold_all(list(together.groups.values()), together.inputs)
+        expected = [other.fold(group, apart.inputs) for group in apart.groups.values()]
+        assert (len(proofs), len(others)) == (1, sum(report.state == "folded" for report in expected))
+        assert len(others) > 2
+        assert [replace(report, error=None) for report in found] == [replace(each, error=None) for each in expected]
+        assert {report.error for report in found if report.state == "folded"} == {proofs[0]}
+        assert smoother.changed == other.changed == together.changed()
+        for path in together.before:
+            assert torch.equal(together.now(path), apart.now(path)), path
+
+    def test_where_one_fails_each_is_proven_alone(self):
+        """The others are folded as if it weren't there."""
+        work, apart = Work("llama"), Work("llama")
+        name = "input_layernorm.weight"
+        work.groups[name] = replace(work.groups[name], consumers=work.groups[name].consumers[1:])
+        smoother, other = self.restored(work, work.smoother()), apart.smoother()
+        proofs = self.runs(smoother)
+        found = {report.producer: report for report in smoother.fold_all(list(work.groups.values()), work.inputs)}
+        assert len(proofs) == 1 + len(work.groups)
+        assert found[name].state == "undone"
+        assert found[name].error > 1
+        for group_name, group in apart.groups.items():
+            if group_name != name:
+                assert other.fold(group, apart.inputs) == found[group_name]
+        assert smoother.changed == other.changed == work.changed()
+        assert all(torch.equal(work.now(path), apart.now(path)) for path in work.before)
+
+    def test_nothing_folded_needs_no_proof(self):
+        work = Work("llama", quantized=set())
+        smoother = self.restored(work, work.smoother())
+        proofs = self.runs(smoother)
+        assert {each.state for each in smoother.fold_all(list(work.groups.values()), work.inputs)} == {"skipped"}
+        assert proofs == []
+
+    def test_without_a_way_back_each_is_proven_as_it_is_folded(self):
+        work = Work("llama")
+        smoother = work.smoother()
+        proofs = self.runs(smoother)
+        smoother.fold_all(list(work.groups.values()), work.inputs)
+        assert len(proofs) == len(work.groups)
+
+
 def loss(x, weight, s):
     """The squared error of W8A8 under a scale: one scale a token and a row, largest code 127, in plain steps."""
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from quantkit.checkpoint import use_plain_implementations
 from quantkit.linears import linear_modules
-from quantkit.watching import ForcedRouting, Watch
+from quantkit.watching import ForcedRouting, Latest, Watch, product_dtype
 
 
 class Seen:
@@ -161,6 +161,151 @@ def test_a_product_of_all_experts_and_one_of_one():
     assert_equal(found, {("p", expert): x[expert] for expert in range(3)})
     found, _ = watched(lambda: (x[0] @ weight[2].t(), F.linear(x[1], weight[0])), {"p": (weight, 2)})
     assert_equal(found, {("p", 2): x[0], ("p", 0): x[1]})
+
+
+def parameter_of(seed):
+    return nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)), requires_grad=False)
+
+
+class TestStopping:
+    def test_a_run_ends_at_the_last_product_which_is_not_computed(self):
+        first, last, seen, done = parameter_of(0), parameter_of(1), Seen(), []
+
+        def run():
+            done.append(F.linear(X, first))
+            done.append(F.linear(2 * X, last))
+
+        watch = Watch({"first": (first, 1), "last": (last, 1)}, seen, stop=True)
+        for _ in range(2):
+            watch.of(run)
+        assert [len(parts) for parts in seen.parts.values()] == [2, 2]
+        assert torch.equal(seen.rows()["last", None][:6], 2 * X.reshape(-1, 5))
+        assert len(done) == 2
+        assert watch.met == {"first": 2, "last": 2}
+
+    def test_what_is_left_of_a_run_is_seen_where_a_weight_has_met_nothing_yet(self):
+        """In whatever order they come."""
+        first, last, seen = parameter_of(0), parameter_of(1), Seen()
+        watch = Watch({"first": (first, 1), "last": (last, 1)}, seen, stop=True)
+        watch.of(lambda: (F.linear(X, first), F.linear(2 * X, first), F.linear(X, last)))
+        assert [len(parts) for parts in seen.parts.values()] == [2, 1]
+
+    def test_an_exception_of_the_model_comes_out(self):
+        def run():
+            raise RuntimeError("of the model")
+
+        with pytest.raises(RuntimeError, match="of the model"):
+            Watch({"p": (parameter_of(0), 1)}, Seen(), stop=True).of(run)
+
+    @pytest.mark.parametrize(
+        ("run", "expected"),
+        [
+            (lambda p: F.linear(X, p), True),
+            (lambda p: (F.linear(X, p), F.linear(X, p)), False),
+            (lambda p: (F.linear(X, p), F.linear(X[..., :3], p[:, :3])), False),
+            (lambda p: p + 1, False),
+        ],
+        ids=["once", "twice", "and a part", "never"],
+    )
+    def test_it_is_for_weights_that_meet_one_product(self, run, expected):
+        parameter = parameter_of(0)
+        watch = Watch({"p": (parameter, 1)}, Seen())
+        watch.of(lambda: run(parameter))
+        assert watch.once_each == expected
+
+    def test_and_for_none_of_several_experts(self):
+        """Another batch may send tokens to another expert."""
+        weight = nn.Parameter(torch.randn(3, 6, 5), requires_grad=False)
+        watch = Watch({"p": (weight, 2)}, Seen())
+        watch.of(lambda: F.linear(X, weight[1]))
+        assert not watch.once_each
+
+
+LOWER = {
+    "linear": F.linear,
+    "linear with bias": lambda x, p: F.linear(x, p, torch.full((6,), 0.3, dtype=x.dtype)),
+    "matmul of the transpose": lambda x, p: x @ p.t(),
+    "addmm": lambda x, p: torch.addmm(torch.full((6,), 0.3, dtype=x.dtype), x[0], p.t()),
+    "the weight on the left": lambda x, p: p @ x[0].t(),
+    "baddbmm": lambda x, p: torch.baddbmm(torch.ones(1, dtype=x.dtype), x, p.t().expand(2, 5, 6)),
+    "some of the rows": lambda x, p: F.linear(x, p[2:4]),
+}
+
+
+class TestLowerProducts:
+    @pytest.mark.parametrize("name", LOWER)
+    def test_are_what_the_model_computes_in_that_dtype(self, name):
+        """Bit for bit, and given in float32; what is seen is what came in, in float32."""
+        run, seen, found = LOWER[name], Seen(), []
+        parameter = nn.Parameter(PARAMETER.bfloat16().float(), requires_grad=False)
+        watch = Watch({"p": (parameter, 1)}, seen, dtype=torch.bfloat16)
+        for _ in range(2):  # the parameter is cast for the first
+            watch.of(lambda: found.append(run(X, parameter)))
+        expected = run(X.bfloat16(), parameter.bfloat16())
+        assert found[0].dtype == torch.float32
+        assert all(torch.equal(each, expected.float()) for each in found)
+        assert not torch.equal(found[0], run(X, parameter))
+        rows = seen.rows()["p", None]
+        assert torch.equal(rows[: len(rows) // 2], X.reshape(-1, 5)[: len(rows) // 2])
+
+    def test_of_experts_too(self):
+        weight = nn.Parameter(torch.randn(3, 6, 5).bfloat16().float(), requires_grad=False)
+        x, found = torch.randn(3, 4, 5), []
+        watch = Watch({"p": (weight, 2)}, Seen(), dtype=torch.bfloat16)
+        watch.of(lambda: found.extend([torch.bmm(x, weight.transpose(1, 2)), F.linear(x[2], weight[2])]))
+        y, lower_weight = x.bfloat16(), weight.bfloat16()
+        lower = [torch.bmm(y, lower_weight.transpose(1, 2)), F.linear(y[2], lower_weight[2])]
+        assert all(torch.equal(one, other.float()) for one, other in zip(found, lower, strict=True))
+
+    def test_other_products_and_other_dtypes_stay_as_they_are(self):
+        parameter, other = parameter_of(0), parameter_of(1)
+        double, found = nn.Parameter(parameter.double(), requires_grad=False), []
+        watch = Watch({"p": (parameter, 1), "d": (double, 1)}, Seen(), dtype=torch.bfloat16)
+        watch.of(lambda: found.extend([F.linear(X, other), F.linear(X.double(), double)]))
+        assert torch.equal(found[0], F.linear(X, other))
+        assert torch.equal(found[1], F.linear(X.double(), double))
+
+    def test_they_are_for_weights_stored_so_where_the_device_has_them(self, monkeypatch):
+        cpu = torch.device("cpu")
+        for has in (True, False):
+            monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+            assert product_dtype(torch.bfloat16, cpu) == (torch.bfloat16 if has else None)
+            assert product_dtype(torch.float32, cpu) is None
+            assert product_dtype(torch.float16, cpu) is None
+
+
+class TestLatest:
+    def test_one_tensor_is_worked_on_once_in_a_row(self):
+        calls = []
+        latest = Latest(lambda x: calls.append(x.sum().item()) or len(calls))
+        x, y = torch.ones(2, 3), torch.ones(2, 3)
+        found = [latest(x), latest(x.view(2, 3)), latest(y), latest(x), latest(x[:1]), latest(x.t())]
+        assert found == [1, 1, 2, 3, 4, 5]
+
+    def test_what_was_written_to_is_another(self):
+        latest = Latest(lambda x: x.sum().item())
+        x = torch.ones(3)
+        assert latest(x) == 3
+        x[0] = 5
+        assert latest(x) == 7
+
+    def test_memory_that_was_used_again_is_another(self):
+        """A tensor may come to lie where one lay that is gone."""
+        latest, places = Latest(lambda x: x[0].item()), set()
+        for value in range(20):
+            x = torch.full((5000,), float(value))
+            places.add(x.data_ptr())
+            assert latest(x) == value
+            del x
+        assert len(places) < 20
+
+    def test_in_inference_mode_nothing_is_known_of_writes(self):
+        latest = Latest(lambda x: x.sum().item())
+        with torch.inference_mode():
+            x = torch.ones(3)
+            assert latest(x) == 3
+            x[0] = 5
+            assert latest(x) == 7
 
 
 class TestForcedRouting:
