@@ -21,6 +21,7 @@ import torch
 
 from quantkit.candidates import raw_uses
 from quantkit.checkpoint import Source
+from quantkit.footprint import Footprint
 from quantkit.modules import quantize_linear
 from quantkit.output import free_space
 from quantkit.planning import Plan, tensor_specs
@@ -100,12 +101,14 @@ class Budget:
         after: the result's.
         disk: room on disk.
         time: how long it takes.
+        memory: at its peak.
     """
 
     before: dict[str, int]
     after: dict[str, int]
     disk: Disk
     time: Time
+    memory: Footprint
 
     def to_dict(self) -> dict[str, Any]:
         """The budget as plain JSON values."""
@@ -114,6 +117,7 @@ class Budget:
             "bytes_after": self.after,
             "disk": asdict(self.disk) | {"fits": self.disk.fits},
             "time": asdict(self.time),
+            "memory": self.memory.to_dict(),
         }
 
     def lines(self) -> list[str]:
@@ -126,11 +130,14 @@ class Budget:
             f"  bytes now  {_listed(self.before)}",
             f"  bytes then {_listed(self.after)}",
             f"  disk       {disk}",
+            f"  memory     {self.memory.line()}",
             f"  time       {self.time.kind} on this CPU: {self.time.formula} ({self.time.assumption})",
         ]
 
 
-def budget_of(source: Source, plan: Plan, recipe: Recipe, tokens: int, output: str | Path | None = None) -> Budget:
+def budget_of(
+    source: Source, plan: Plan, recipe: Recipe, tokens: int, memory: Footprint, output: str | Path | None = None
+) -> Budget:
     """What a run takes.
 
     Args:
@@ -138,12 +145,13 @@ def budget_of(source: Source, plan: Plan, recipe: Recipe, tokens: int, output: s
         plan: what happens to it.
         recipe: by what.
         tokens: of calibration; they count when the recipe observes any.
+        memory: what it takes of that.
         output: where the result is to be written.
     """
     before, after = dtype_bytes(source, plan)
     folder, free = (None, None) if output is None else free_space(Path(output).expanduser())
-    disk = Disk(disk_bytes(source, plan), None if folder is None else str(folder), free)
-    return Budget(before, after, disk, time_class(source, plan, recipe, tokens))
+    disk = Disk(disk_bytes(source, plan) + memory.spilled_bytes, None if folder is None else str(folder), free)
+    return Budget(before, after, disk, time_class(source, plan, recipe, tokens), memory)
 
 
 def dtype_bytes(source: Source, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:

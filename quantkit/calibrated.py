@@ -6,43 +6,34 @@ quantized and written; the quantized layers take the place of the float ones, an
 the next block's inputs. One block's weights, its statistics and the windows' hidden states are all that is in memory.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from quantkit_calibration.observers import TensorRange
 from quantkit_calibration.sequential import Calls, OrderError, run_blocks
-from quantkit_kernels.formats import QMAX, dequantize, quantize_per_tensor
+from quantkit_calibration.spilling import Spill
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from quantkit.candidates import Candidate
 from quantkit.checkpoint import Source, empty_copy, use_plain_implementations
 from quantkit.compression import Worked, compress_stage
-from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.errors import CheckpointError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.exploration import outermost_lists, without_cache
+from quantkit.footprint import Batching
 from quantkit.journal import Journal
 from quantkit.memory import Excess
 from quantkit.modules import QuantizedLinear, quantize_linear
+from quantkit.observation import Observation
 from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe
 from quantkit.smoothing import Inputs, Proof, Smoother, fold_in
 from quantkit.streaming import LazyModel, StoredWeights
 from quantkit.targets import counted, tensor_specs
-from quantkit.watching import ForcedRouting, Latest, See, Watch, product_dtype
-
-BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
-"""Windows of a batch hold this many tokens together (one window at least). On a CPU what a block makes of so few stays
-in its cache, and a process's memory is not full of it."""
-
-EXCESS = 128 * 2**20
-"""While a block's batches run, so much memory may be added before what is free is given back."""
-
-FEW_TOKENS = 32
-"""An expert that fewer calibration tokens were sent to is shown all tokens of the first batch."""
+from quantkit.watching import product_dtype
 
 FOLD, SCALE = "fold.", "input_scale."
 """What the names of tensors begin with that are kept beside a finished block."""
@@ -58,6 +49,7 @@ def compress_calibrated(
     journal: Journal,
     device: torch.device,
     windows: torch.Tensor,
+    batching: Batching,
     track: Callable[[int], None],
 ) -> None:
     """Calibrate, compress and write all blocks, and record each; what is recorded already is made again from that.
@@ -69,16 +61,16 @@ def compress_calibrated(
         journal: takes the tensors, and says what is finished already.
         device: where weights are quantized, and the blocks run.
         windows: [W, T] token ids.
+        batching: how many run through a block at a time, and whether the others wait on disk.
         track: called with a block's number when it is done.
 
     Raises:
         CheckpointError: the model doesn't run block by block.
     """
     forget_embeddings: Callable[[], None]
-    work = _Work(plan, recipe, source, journal, device)
-    size = max(1, BATCH_TOKENS[device.type] // windows.shape[1])
+    work = _Work(plan, recipe, source, journal, device, batching.excess)
     # The first window is a batch by itself: folds are proven on it, one run of the block for each.
-    parts = [windows[:1], *torch.split(windows[1:], size)] if len(windows) > 1 else [windows]
+    parts = [windows[:1], *torch.split(windows[1:], batching.windows)] if len(windows) > 1 else [windows]
     batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in parts]
     idle = plan.findings.idle
     numbers = [i for i in range(plan.findings.count) if i not in idle]
@@ -103,11 +95,16 @@ def compress_calibrated(
 
         return run
 
-    with torch.no_grad(), work.lazy.hooked(), work.lazy.embeddings() as forget_embeddings:
-        if plan.findings.reads_outside:
+    outside = plan.findings.reads_outside
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(work.lazy.hooked())
+        forget_embeddings = stack.enter_context(work.lazy.embeddings(whole=outside))
+        spill = Spill(stack.enter_context(journal.scratch()), [*work.model.buffers()]) if batching.spill else None
+        if outside:
             work.lazy.fill_outside([*outermost_lists(work.model)])
         try:
-            run_blocks(work.model, blocks, batches, visit, order=order)
+            run_blocks(work.model, blocks, batches, visit, order=order, spill=spill)
         except OrderError as error:
             raise CheckpointError(f"{source.name} cannot be calibrated block by block: {error}") from error
 
@@ -115,7 +112,9 @@ def compress_calibrated(
 class _Work:
     """The state of one calibrated compression: a lazy model, and what has been found."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, source: Source, journal: Journal, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, recipe: Recipe, source: Source, journal: Journal, device: torch.device, excess: int
+    ) -> None:
         self.plan, self.recipe, self.source, self.device = plan, recipe, source, device
         self.journal, self.writer = journal, journal.writer
         self.scheme = recipe.scheme
@@ -130,7 +129,7 @@ class _Work:
         self.stages = {stage.name: stage for stage in plan.stages}
         self.looped = len(plan.findings.order) > len(set(plan.findings.order))
         self.done = Outcome()
-        self.excess = Excess(EXCESS)
+        self.excess = Excess(excess)
         self._scales: dict[str, torch.Tensor] = {}
         self._undo: dict[int, list[Callable[[], None]]] = {}
 
@@ -168,16 +167,17 @@ class _Work:
         """Observe, smooth, compress and write a block, and record it; the tensors written for its layers."""
         name, worked = self.name(index), Worked()
         state: dict[str, torch.Tensor] = {}
-        self.done = Outcome()
+        self.done, seen = Outcome(), Observation(name, block, calls, self.excess)
         for number, step in enumerate(self.recipe.transforms):
             alpha = None if step.parameters["alpha"] == "auto" else float(step.parameters["alpha"])
-            folded = self._smooth(index, block, calls, axes, alpha, worked)
+            folded = self._smooth(index, seen, axes, alpha, worked)
             state |= {f"{FOLD}{number}.{position}": scale for position, scale in folded.items()}
         if self.scheme is not None and self.scheme.is_static and axes:
-            worked.input_scales = self._scales = self._static_scales(name, block, calls, axes)
+            worked.input_scales = self._scales = seen.static_scales(axes, self.scheme)
             state |= {SCALE + path: scale for path, scale in self._scales.items()}
         if self.scheme is not None and self.scheme.outlier_columns is not None and axes:
-            worked.outlier_columns = self._outlier_columns(name, block, calls, axes)
+            worked.outlier_columns = seen.outlier_columns(axes, self.scheme, self.recipe.seed)
+        self.done.notes += seen.notes
         kept: Kept = {}
         stage = self.stages.get(name)
         if stage is not None:
@@ -220,14 +220,13 @@ class _Work:
     def _smooth(
         self,
         index: int,
-        block: nn.Module,
-        calls: Calls,
+        seen: Observation,
         axes: dict[str, int],
         alpha: float | None,
         worked: Worked,
     ) -> dict[int, torch.Tensor]:
         """Fold the block's smoothing groups, each proven on the first batch; the scales of those that are folded."""
-        name = self.name(index)
+        name, block = seen.name, seen.block
         structure = self.plan.findings.structures.get(index)
         if structure is None:
             why = self.plan.findings.untraced.get(index, "it did not run")
@@ -244,9 +243,9 @@ class _Work:
             return {}
         stored = {self.source.weights.tensors[key].dtype for path in fed for key in self._sources[f"{name}.{path}"]}
         dtype = product_dtype(stored.pop(), self.device) if len(stored) == 1 else None
-        before = self._observe(name, block, calls, fed, inputs, dtype)
+        before = seen.inputs(fed, inputs, dtype)
         self.excess.give_back()
-        proof = Proof(lambda: _output(block, calls), [p for _, p in block.named_parameters()], before)
+        proof = Proof(seen.output, [p for _, p in block.named_parameters()], before)
         restore = None if worked.changed else partial(self.lazy.fill, name, block)
         smoother = Smoother(name, block, alpha, self.scheme, fed, self._dtypes(name, block), proof, restore)
         self.done.groups += smoother.fold_all(structure.groups, inputs)
@@ -277,137 +276,6 @@ class _Work:
         stored, keys = self.source.weights.tensors, self.plan.names.keys
         found = {path: keys.get(f"{name}.{path}") for path, _ in block.named_parameters()}
         return {path: stored[key].dtype for path, key in found.items() if key is not None}
-
-    def _observe(
-        self,
-        name: str,
-        block: nn.Module,
-        calls: Calls,
-        axes: dict[str, int],
-        inputs: Inputs,
-        dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        """Run the windows through the float block; what it gives for the first batch, in full and in float32.
-
-        The batches after the first compute the products in `dtype`. Experts that few tokens were sent to see all of the
-        first batches.
-        """
-        watched = {path: (block.get_parameter(path), axis) for path, axis in axes.items()}
-        output = self._watched(block, calls, watched, inputs.see, dtype)
-        experts = {path: value.shape[0] for path, (value, _) in watched.items() if value.ndim == 3}
-        for count in set(experts.values()):
-            paths = [path for path, size in experts.items() if size == count]
-            rare = _rare(inputs, paths, count)
-            if rare:
-                shown = self._show(block, calls, watched, inputs, paths, count, list(rare))
-                how = "with all tokens of the first windows" if shown else "with those alone"
-                self.done.notes.append(
-                    f"experts {_listed(rare)} of {name} were sent fewer than {FEW_TOKENS} calibration tokens, "
-                    f"and are calibrated {how}"
-                )
-        return output
-
-    @staticmethod
-    def _show(
-        block: nn.Module,
-        calls: Calls,
-        watched: Mapping[str, tuple[torch.Tensor, int]],
-        inputs: Inputs,
-        paths: Sequence[str],
-        experts: int,
-        rare: list[int],
-    ) -> bool:
-        """Send all tokens of the first batches to these experts until each has met enough (or all there are).
-
-        False when the router doesn't choose in a way that can be overruled.
-        """
-        while rare:
-            for call in calls:
-                with ForcedRouting(experts, rare) as routing, Watch(watched, inputs.see):
-                    block(*call.args, **call.kwargs)
-                if not routing.taken:
-                    return False
-                left = set(_rare(inputs, paths, experts))
-                if not left.intersection(rare[: routing.taken]):
-                    break
-            rare = rare[routing.taken :]  # they have met enough, or every token there is
-        return True
-
-    def _watched(
-        self,
-        block: nn.Module,
-        calls: Calls,
-        parameters: Mapping[str, tuple[torch.Tensor, int]],
-        see: See,
-        dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        """Run a block for all batches and tell what meets its parameters; what it gives for the first batch.
-
-        The first batch is run in full and as it is. Where each parameter met one product there, the others are run as
-        far as their last; they compute these products in `dtype`.
-        """
-        first = Watch(parameters, see)
-        with first:
-            output = _output(block, calls)
-        rest = Watch(parameters, see, stop=first.once_each, dtype=dtype)
-        for call in calls.after(1):
-            rest.of(partial(block, *call.args, **call.kwargs))
-            self.excess.watch()
-        return output
-
-    def _static_scales(
-        self, name: str, block: nn.Module, calls: Calls, axes: dict[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """The static scale [1] of what meets each weight, observed on the block as it now is."""
-        assert self.scheme is not None
-        kind, dtype = self.scheme.activation_range, getattr(torch, str(self.scheme.activation_dtype))
-        ranges = {path: TensorRange(histogram=kind != "absmax") for path in axes}
-        watched = {path: (block.get_parameter(path), axis) for path, axis in axes.items()}
-
-        def range_of(x: torch.Tensor) -> TensorRange:
-            found = TensorRange(histogram=kind != "absmax")
-            found.update(x)
-            return found
-
-        latest, met = Latest(range_of), set[str]()
-
-        def see(path: str, expert: int | None, x: torch.Tensor) -> None:
-            met.add(path)
-            ranges[path].merge(latest(x))
-
-        self._watched(block, calls, watched, see)
-        for path in ranges:
-            if path not in met:
-                raise QuantkitError(
-                    f"{name}.{path.removesuffix('.weight')} met no calibration token, so that it has no static range; "
-                    "--ignore it, or use activations by token"
-                )
-
-        def encode(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            codes, scale = quantize_per_tensor(values, dtype, scale.reshape(1))
-            return dequantize(codes[None], scale[None])[0]
-
-        found = {path: each.range(kind, QMAX[dtype], encode) / QMAX[dtype] for path, each in ranges.items()}
-        return {f"{name}.{path}": torch.tensor([value if value > 0 else 1.0]) for path, value in found.items()}
-
-    def _outlier_columns(
-        self, name: str, block: nn.Module, calls: Calls, axes: dict[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """The columns [O] of each weight in which something reaches the threshold, observed on the block as it is."""
-        assert self.scheme is not None
-        assert self.scheme.threshold is not None
-        inputs = Inputs(keep_rows=False, seed=self.recipe.seed)
-        self._observe(name, block, calls, axes, inputs)
-        found, threshold = {}, torch.tensor(self.scheme.threshold, dtype=torch.float32)
-        for path in axes:
-            largest = inputs.largest(path)
-            if largest is None:
-                raise QuantkitError(
-                    f"{name}.{path.removesuffix('.weight')} met no calibration token, so that its outlier columns are "
-                    "not known; --ignore it, or use llm-int8 without outlier_weight=float"
-                )
-            found[f"{name}.{path}"] = (largest >= threshold.to(largest.device)).nonzero().flatten()
-        return found
 
     def _quantize(self, layers: Sequence[Candidate], kept: Kept) -> list[Callable[[], None]]:
         """Put quantized layers into the block; what takes them out again."""
@@ -468,19 +336,3 @@ class _Work:
 def _put_back(module: nn.Module, leaf: str, weight: nn.Parameter) -> None:
     del module._modules[leaf]
     module._parameters[leaf] = weight
-
-
-def _output(block: nn.Module, calls: Calls) -> torch.Tensor:
-    """What the block gives for the first batch: its first float tensor."""
-    output = block(*calls[0].args, **calls[0].kwargs)
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
-
-
-def _rare(inputs: Inputs, paths: Sequence[str], experts: int) -> list[int]:
-    """Which experts met fewer tokens than FEW_TOKENS."""
-    return [e for e in range(experts) if any(inputs.tokens.get((path, e), 0) < FEW_TOKENS for path in paths)]
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"

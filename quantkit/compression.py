@@ -52,22 +52,26 @@ def compress_stage(
     """
     side_by_side = stage.is_block and worked is None  # what lies outside of the blocks is large, and comes one by one
     worked = worked or Worked()
-    layers = []
+    layers: list[LayerReport] = []
 
     def compressed(task: _Task) -> tuple[Target | None, list[tuple[dict[str, torch.Tensor], LayerReport | None]]]:
         return task.target, list(task.compress(plan, source, device))
 
     tasks = _tasks(stage, plan, source, worked)
     done = Workers(device).map(compressed, tasks) if side_by_side else map(compressed, tasks)
+
+    def written(target: Target | None, tensors: dict[str, torch.Tensor], layer: LayerReport | None) -> None:
+        writer.add(tensors)
+        if target is None or layer is None:
+            return
+        layers.append(layer)
+        if kept is not None and target.whole and not target.of_experts:
+            kept[target.module] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
+
     for target, made in done:
-        for tensors, layer in made:
-            writer.add(tensors)
-            if target is None or layer is None:
-                continue
-            layers.append(layer)
-            if kept is not None and target.whole and not target.of_experts:
-                kept[target.module] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
-        if target is None and not stage.is_block:
+        while made:  # what is written is not held while the next is read
+            written(target, *made.pop(0))
+        if not stage.is_block:
             writer.flush()
     writer.flush()
     return layers
@@ -114,23 +118,27 @@ class _Task:
 def _tasks(stage: Stage, plan: Plan, source: Source, worked: Worked) -> Iterator[_Task]:
     """Every tensor of a stage, read when it is asked for."""
     changed = plan.names.written(worked.changed) if worked.changed else {}
+
+    def read(key: str) -> torch.Tensor:  # a variable here would hold a tensor while the next is read
+        return changed[key] if key in changed else source.weights.get(key)
+
     for key in stage.keys:
-        tensor = changed[key] if key in changed else source.weights.get(key)
         target = plan.targets.get(key)
         if target is None:
-            yield _Task(key, tensor.to(source.weights.tensors[key].dtype))
+            yield _Task(key, read(key).to(source.weights.tensors[key].dtype))
             continue
         scales = [worked.input_scales[name] for name in target.parameters if name in worked.input_scales]
         scale = torch.stack(scales).amax(0) if scales else None  # parts of one tensor see the same activations
         columns = worked.outlier_columns.get(target.parameters[0])  # a weight with such lies in a tensor of its own
-        yield _Task(key, tensor, target, scale, columns)
+        yield _Task(key, read(key), target, scale, columns)
 
 
 def refuse_nonfinite(tensor: torch.Tensor, key: str, source: Source) -> None:
     """Return nothing; raise CheckpointError when a tensor holds NaN or infinity."""
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):  # one pass; NaN and infinity survive a sum
+    parts = tensor.reshape(-1).split(NORM_ELEMENTS)  # type: ignore[no-untyped-call]
+    if all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in parts):  # NaN and infinity survive a sum
         return
-    if not bool(torch.isfinite(tensor).all()):
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
         path = source.weights.tensors[key].path
         raise CheckpointError(

@@ -159,13 +159,13 @@ class _Tracer:
 
     def run(self, *, outside: bool) -> str | None:
         """None, or why the pass ended early."""
-        lazy = LazyModel(self.model, self._random, apart=self.members)
+        head = self._stubbed_head()
+        lazy = LazyModel(self.model, self._random, apart=[*self.members, *head])
         self.lazy = lazy
         ended = None
         with torch.no_grad(), lazy.hooked(), lazy.embeddings():
             if outside:
                 lazy.fill_outside(self.members)
-            self._stub_head()
             for name, member in self.members.items():
                 member.forward = self._visitor(name, member, member.forward)  # type: ignore[method-assign]
             try:
@@ -175,13 +175,15 @@ class _Tracer:
         self.ran = lazy.ran
         return ended
 
-    def _stub_head(self) -> None:
-        """The layer that makes the logits, replaced by zeros: it is the largest, and comes last."""
+    def _stubbed_head(self) -> list[str]:
+        """The name of the layer that makes the logits, which gives zeros now: it is the largest, and comes last."""
         name = output_head(self.model)
         head = None if name is None else self.model.get_submodule(name)
-        if isinstance(head, nn.Linear):
-            size = head.out_features
-            head.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], size)  # type: ignore[method-assign, assignment]
+        if name is None or not isinstance(head, nn.Linear):
+            return []
+        size = head.out_features
+        head.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], size)  # type: ignore[method-assign, assignment]
+        return [name]
 
     def _visitor(self, name: str, member: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

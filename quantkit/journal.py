@@ -7,7 +7,8 @@ it is written once those are durable, under a temporary name, synced and renamed
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from quantkit.shards import Part, ShardWriter, read_tensors, sync, write_json, w
 STATE = "quantkit_state"
 FINGERPRINT = "fingerprint.json"
 COMPLETE = "complete.json"
+SCRATCH = "scratch"
 
 
 class Journal:
@@ -80,6 +82,25 @@ class Journal:
             for path in self.writer.folder.glob("part-*"):
                 if path.name not in named:
                     path.unlink()
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for what need not outlive this process."""
+        folder = self.folder / SCRATCH
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def setting(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+        """The value that a run was begun with: this one, or what was kept when it was begun."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            write_whole(path, dict(value))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def _record(self, number: int) -> Path:
         return self.folder / f"record-{number:05d}.json"

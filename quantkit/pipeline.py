@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from quantkit.compression import compress_stage
 from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
 from quantkit.errors import DataError, QuantkitError, RecipeError
+from quantkit.footprint import Batching, footprint
 from quantkit.headers import NoPartsError
 from quantkit.identity import identity
 from quantkit.journal import Journal
@@ -79,6 +80,7 @@ def quantize(
     trust_remote_code: bool = False,
     dequantize: bool = False,
     restart: bool = False,
+    max_memory: str | int | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
     replace_weights: bool = False,
@@ -110,6 +112,8 @@ def quantize(
         trust_remote_code: let the model's folder run its own Python code.
         dequantize: take a source that is compressed already, turned into float tensor by tensor first.
         restart: begin anew, whatever a run that was stopped has finished already.
+        max_memory: such as `"2GiB"`, or bytes: the most that this process may take. It takes smaller batches and puts
+            hidden states on disk to stay below it; where no way does, it is refused before the work begins.
         push_to_hub: send the result to this repository (owner/name) of the hub once it is safe on disk; whether it may
             go there is found out before the work begins.
         private: if that repository doesn't exist, make it a private one.
@@ -124,6 +128,7 @@ def quantize(
     started = time.monotonic()
     made = _recipe(recipe, steps, include, ignore, seed)
     limit, place = parse_size(max_shard_size), pick_device(device)
+    allowed = None if max_memory is None else parse_size(max_memory)
     target = refuse_existing(output)
     if dataset is not None and not made.observes:
         log.warning("--dataset %s is unused: no step of this recipe observes data", dataset)
@@ -144,6 +149,8 @@ def quantize(
     source = open_for_plan(model, hub, tokenizer, dequantize=dequantize)
     plan = make_plan(source, made, format)
     refuse_full_disk(target, disk_bytes(source, plan))
+    length = calibration_length(source, made, seq_len)
+    footprint(source, plan, made, (samples, length), place, allowed)  # refused before anything is read or fetched
     if not source.whole:  # what can be found out before a download is; the plan of what came is made anew
         source = open_source(model, hub, tokenizer, dequantize=dequantize)
         plan = make_plan(source, made, format)
@@ -155,10 +162,15 @@ def quantize(
     if eval_dataset is not None:
         evaluation = prepare_evaluation(source, model, made, eval_dataset, seq_len, data_dir, hub, device, progress)
     known = fingerprint(source, made, plan, limit, place)
+    shape = (0, 0) if windows is None else (len(windows), windows.shape[1])
+    foreseen = footprint(source, plan, made, shape, place, allowed)
     with partial_folder(target, known, restart=restart) as folder:
         writer = ShardWriter(folder, limit)
         journal = Journal(folder, writer, every=windows is not None)
-        done = compress(plan, made, source, journal, place, windows, progress)
+        batching = None
+        if foreseen.batching is not None:  # a run that is taken up goes on as it was begun, or its bits would differ
+            batching = Batching(**journal.setting("batching", asdict(foreseen.batching)))
+        done = compress(plan, made, source, journal, place, windows, batching, progress)
         plan = replace(plan, targets=counted(plan.targets, done.layers))
         writer.finish()
         write_json(folder / "config.json", finished_config(source, plan))
@@ -169,6 +181,7 @@ def quantize(
         report.seconds = journal.seconds + time.monotonic() - started
         peak = peak_memory_bytes()
         report.peak_memory_bytes = None if peak is None else max(peak, journal.peak_memory_bytes)
+        report.predicted_memory_bytes = foreseen.host_bytes
         write_text(folder / "README.md", model_card(report, source))
         write_report(folder, report)
     if evaluation is not None:
@@ -220,13 +233,25 @@ def foresee(
     output: str | Path | None = None,
     samples: int = 128,
     seq_len: int | None = None,
+    device: str = "cpu",
+    max_memory: str | int | None = None,
     **arguments: Any,
 ) -> tuple[Plan, Recipe, Budget]:
-    """What `quantize` would do, the recipe, and what it takes; other arguments are those of `planned`."""
+    """What `quantize` would do, the recipe, and what it takes; other arguments are those of `planned`.
+
+    The `device` (`cpu` or `cuda`) need not be there.
+    """
     target = None if output is None else refuse_existing(output)
+    allowed = None if max_memory is None else parse_size(max_memory)
     source, plan, recipe = planned(model, **arguments)
-    tokens = samples * window_length(Pair(source.skeleton, source.name, None, ""), seq_len) if recipe.observes else 0
-    return plan, recipe, budget_of(source, plan, recipe, tokens, target)
+    length = calibration_length(source, recipe, seq_len)
+    memory = footprint(source, plan, recipe, (samples, length), torch.device(device), allowed)
+    return plan, recipe, budget_of(source, plan, recipe, samples * length, memory, target)
+
+
+def calibration_length(source: Source, recipe: Recipe, seq_len: int | None) -> int:
+    """Tokens of a calibration window; 0 for a recipe that observes nothing."""
+    return window_length(Pair(source.skeleton, source.name, None, ""), seq_len) if recipe.observes else 0
 
 
 def open_for_plan(model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, dequantize: bool) -> Source:
@@ -342,6 +367,7 @@ def compress(
     journal: Journal,
     device: torch.device,
     windows: torch.Tensor | None,
+    batching: Batching | None,
     progress: bool,
 ) -> Outcome:
     """Write every stage that isn't written yet; with windows the blocks are calibrated on them."""
@@ -353,9 +379,9 @@ def compress(
                 journal.commit(stage.name, Outcome(layers))
             steps.advance()
         blocks = [f"{plan.findings.blocks}.{number}" for number in range(plan.findings.count)]
-        if windows is not None and any(journal.finished(name) is None for name in blocks):
+        if windows is not None and batching is not None and any(journal.finished(name) is None for name in blocks):
             with position_errors(source.name, windows.shape[1]):
-                compress_calibrated(plan, recipe, source, journal, device, windows, lambda _: steps.advance())
+                compress_calibrated(plan, recipe, source, journal, device, windows, batching, lambda _: steps.advance())
     journal.complete()
     return journal.outcome()
 

@@ -38,6 +38,7 @@ class Report:
         verified: how many tensors and layers were read back from disk and found right.
         seconds: wall-clock time, evaluation aside.
         peak_memory_bytes: the process's peak memory (VmHWM), or None where it can't be read.
+        predicted_memory_bytes: what the plan said of that peak, or None.
         groups: what became of every smoothing group, if the recipe smooths.
         evaluation: what `quantkit eval` found, if asked.
         notes: what else a reader should know.
@@ -57,6 +58,7 @@ class Report:
     verified: dict[str, int]
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
+    predicted_memory_bytes: int | None = None
     groups: list[GroupReport] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
@@ -140,7 +142,8 @@ class Report:
             *self._quantized_lines(),
             f"  size       {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors ({ratio:.2f}x smaller)",
             f"  verified   {self.verified['tensors']} tensors read back from disk",
-            f"  cost       {self.seconds:.1f} s, {_megabytes(self.peak_memory_bytes)} peak memory",
+            f"  cost       {self.seconds:.1f} s, {_megabytes(self.peak_memory_bytes)} peak memory "
+            f"(predicted {_megabytes(self.predicted_memory_bytes)})",
         ]
         lines += group_lines(self.groups)
         lines += [f"  --{match.kind} {match.pattern}: {match.matched} linear layers" for match in self.patterns]

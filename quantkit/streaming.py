@@ -5,8 +5,10 @@ parameters are asked for and put in; just after, they are put back to the meta d
 model holds one module's weights at a time, or one block's where a block is put in as a whole.
 """
 
+import mmap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,21 +118,47 @@ class LazyModel:
             self._put(name, value)
 
     @contextmanager
-    def embeddings(self) -> Iterator[Callable[[], None]]:
+    def embeddings(self, *, whole: bool = True) -> Iterator[Callable[[], None]]:
         """The input embeddings are there from now on; what it gives takes them away again, as leaving it does.
 
-        Some models ask where their embedding lies before it runs, and put their token ids there.
+        Some models ask where their embedding lies before it runs, and put their token ids there. Unless they are wanted
+        `whole`, rows of a plain one come into memory when they are looked up, and the others are zeros.
         """
         name = input_embeddings(self.model)
         if name is None:
             yield lambda: None
             return
         module = self.model.get_submodule(name)
-        self.fill(name, module)
-        try:
-            yield lambda: self.empty(name, module)
-        finally:
-            self.empty(name, module)
+        with ExitStack() as stack:
+            if whole or type(module) is not nn.Embedding or self.device.type != "cpu":
+                self.fill(name, module)
+            else:
+                self._fill_rows(name, module, stack)
+
+            def forget() -> None:
+                stack.close()
+                self.empty(name, module)
+
+            try:
+                yield forget
+            finally:
+                forget()
+
+    def _fill_rows(self, name: str, module: nn.Embedding, stack: ExitStack) -> None:
+        """Give an embedding memory that holds nothing yet, and each row its values when it is first looked up."""
+        stored = self.provide([f"{name}.weight"])[f"{name}.weight"]
+        memory = mmap.mmap(-1, max(1, 4 * stored.numel()))  # zeros; the system gives a page when it is written to
+        weight = torch.frombuffer(memory, dtype=torch.float32, count=stored.numel()).view(stored.shape)
+        there = torch.zeros(len(stored), dtype=torch.bool)
+        self._put(f"{name}.weight", weight)
+
+        def fetch(_: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = args[0].unique()
+            rows = rows[~there[rows]]
+            weight[rows] = stored[rows].float()
+            there[rows] = True
+
+        stack.callback(module.register_forward_pre_hook(fetch).remove)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:

@@ -42,9 +42,7 @@ class Call:
 
     def away(self) -> None:
         """Put the arguments on disk, where that is wanted."""
-        if self.spill is not None and self.parcel is None:
-            self.parcel = self.spill.put((self.args, self.kwargs))
-        elif self.spill is not None and self.parcel is not None:
+        if self.spill is not None and self.parcel is not None:
             self.spill.away(self.parcel)
 
     def back(self) -> None:
@@ -56,7 +54,7 @@ class Call:
         """Let go of everything, so that whoever keeps the call keeps nothing else."""
         self.args, self.kwargs, self.output = (), {}, UNSET
         if self.spill is not None and self.parcel is not None:
-            self.spill.drop(self.parcel)
+            self.parcel = self.spill.rest(self.parcel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +137,8 @@ def run_blocks(
     interception = _Interception(blocks)
     try:
         interception.install()
-        called = [_waiting(schedule.accept(j, batch.start()), spill) for j, batch in enumerate(running)]
+        kept = [_Kept(spill) for _ in running]
+        called = [kept[j].waiting(schedule.accept(j, batch.start())) for j, batch in enumerate(running)]
         while True:
             last = schedule.is_last and finish is None
             calls = Calls(tuple(called), schedule.times, last)
@@ -149,11 +148,15 @@ def run_blocks(
             if last:
                 break
             if schedule.is_last and finish is not None:
-                _finish(calls, run, running, finish)
+                _finish(calls, run, running, kept, finish)
                 break
             schedule.advance()
             for j, batch in enumerate(running):
-                called.append(_waiting(schedule.accept(j, batch.advance(_output(calls, j, run))), spill))
+                output = _output(calls, j, run)
+                kept[j].back(calls.batches[j])
+                event = batch.advance(output)
+                del output
+                called.append(kept[j].waiting(schedule.accept(j, event)))
             del calls, run  # nothing of this visit lives on but what was handed back
     finally:
         try:
@@ -190,11 +193,30 @@ def _check(blocks: Sequence[nn.Module], batches: Sequence[dict[str, Any]]) -> No
             raise ValueError(f"block {index} is the same module as block {first[id(block)]}: give each module once")
 
 
-def _waiting(event: Called, spill: Spill | None) -> Call:
-    """A call as it waits for the others."""
-    call = Call(event.args, event.kwargs, spill=spill)
-    call.away()
-    return call
+class _Kept:
+    """What a batch's forward pass holds on to of the arguments of earlier calls, on disk as these are."""
+
+    def __init__(self, spill: Spill | None) -> None:
+        self._spill = spill
+        self._parcels: list[Parcel] = []
+
+    def back(self, call: Call) -> None:
+        """Have it in memory, with what is left of a call that was just answered."""
+        if self._spill is None:
+            return
+        self._parcels += [] if call.parcel is None else [call.parcel]
+        for parcel in self._parcels:
+            self._spill.back(parcel)
+
+    def waiting(self, event: Called) -> Call:
+        """A call as it waits for the others; all of its batch is put on disk."""
+        if self._spill is None:
+            return Call(event.args, event.kwargs)
+        parcel = self._spill.put((event.args, event.kwargs), own=self._parcels)
+        self._parcels = [rest for rest in map(self._spill.rest, self._parcels) if rest.waiting]
+        for rest in self._parcels:
+            self._spill.away(rest)
+        return Call(event.args, event.kwargs, spill=self._spill, parcel=parcel)
 
 
 def _output(calls: Calls, batch: int, run: Callable[..., Any] | None) -> Any:
@@ -210,12 +232,19 @@ def _output(calls: Calls, batch: int, run: Callable[..., Any] | None) -> Any:
 
 
 def _finish(
-    calls: Calls, run: Callable[..., Any] | None, running: Sequence[Batch], finish: Callable[[int, Any], None]
+    calls: Calls,
+    run: Callable[..., Any] | None,
+    running: Sequence[Batch],
+    kept: Sequence[_Kept],
+    finish: Callable[[int, Any], None],
 ) -> None:
     """Run the rest of the model, one batch after another, on all cores."""
     for j, batch in enumerate(running):
         batch.alone = True
-        event = batch.advance(_output(calls, j, run))
+        output = _output(calls, j, run)
+        kept[j].back(calls.batches[j])
+        event = batch.advance(output)
+        del output
         if isinstance(event, Called):
             raise OrderError(f"batch {j} calls block {event.index} after the last call that was expected")
         batch.join()

@@ -5,7 +5,8 @@ its shape and strides, and its storage has no bytes for a while.
 """
 
 import itertools
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,22 +50,47 @@ class Spill:
         self._exempt = {_address(tensor) for tensor in exempt if not tensor.is_meta}
         self._numbers = itertools.count()
         self._free: list[Path] = []
+        self._parcels: dict[int, Parcel] = {}
 
-    def put(self, values: Any) -> Parcel:
+    def put(self, values: Any, own: Collection[Parcel] = ()) -> Parcel:
         """The parcel of all tensors in nested lists, tuples and dicts, whose storages are empty from now on.
+
+        What lies in one of the parcels in `own` moves over from there. What lies in another is needed at other times as
+        well, and stays in memory.
 
         Raises:
             OSError: the disk is full, or another failure to write; then the tensors are as they were.
         """
         found: dict[int, torch.Tensor] = {}
         for leaf in tree_leaves(values):
-            if isinstance(leaf, torch.Tensor) and _may_go(leaf) and _address(leaf) not in self._exempt:
-                found.setdefault(_address(leaf), leaf)
-        parcel = Parcel(
-            [_Waiting(tensor, self._file(), tensor.untyped_storage().nbytes()) for tensor in found.values()]
-        )
+            if isinstance(leaf, torch.Tensor) and _address(leaf) not in self._exempt:
+                if _may_go(leaf) or _address(leaf) in self._parcels:
+                    found.setdefault(_address(leaf), leaf)
+        parcel = Parcel()
+        for address, tensor in found.items():
+            holder = self._parcels.get(address)
+            if holder is None:
+                parcel.waiting.append(_Waiting(tensor, self._file(), tensor.untyped_storage().nbytes()))
+                self._parcels[address] = parcel
+                continue
+            waiting = self._taken_out(address, holder)
+            if holder in own:
+                parcel.waiting.append(waiting)
+                self._parcels[address] = parcel
+            else:
+                self._exempt.add(address)
+                self._free.append(waiting.file)
         self.away(parcel)
         return parcel
+
+    def _taken_out(self, address: int, parcel: Parcel) -> _Waiting:
+        """What a parcel has of that address, in memory, and no longer part of it."""
+        found = next(each for each in parcel.waiting if _address(each.tensor) == address)
+        if parcel.is_away:
+            _fill(found)
+        parcel.waiting.remove(found)
+        del self._parcels[address]
+        return found
 
     def _file(self) -> Path:
         return self._free.pop() if self._free else self.folder / f"{next(self._numbers):06d}.bin"
@@ -89,20 +115,42 @@ class Spill:
         if not parcel.is_away:
             return
         for each in parcel.waiting:
-            storage = each.tensor.untyped_storage()
-            storage.resize_(each.nbytes)
-            with each.file.open("rb") as file:
-                for piece in _bytes(each.tensor).split(PIECE):  # type: ignore[no-untyped-call]
-                    held = torch.empty(piece.numel(), dtype=torch.uint8)
-                    if file.readinto(held.numpy().data) != piece.numel():
-                        raise OSError(f"{each.file} is shorter than what was written")
-                    piece.copy_(held)
+            _fill(each)
         parcel.is_away = False
 
     def drop(self, parcel: Parcel) -> None:
         """Forget a parcel; its files are used for others."""
-        self._free += [each.file for each in parcel.waiting]
+        for each in parcel.waiting:
+            self._parcels.pop(_address(each.tensor), None)
+            self._free.append(each.file)
         parcel.waiting = []
+
+    def rest(self, parcel: Parcel) -> Parcel:
+        """What is left of a parcel whose holder let go of it: the tensors that someone else holds as well."""
+        left = [each for each in parcel.waiting if _held_elsewhere(each)]
+        parcel.waiting = [each for each in parcel.waiting if each not in left]
+        self.drop(parcel)
+        rest = Parcel(left, parcel.is_away)
+        self._parcels |= {_address(each.tensor): rest for each in left}
+        return rest
+
+
+def _fill(waiting: _Waiting) -> None:
+    """Fill a storage with what it held."""
+    waiting.tensor.untyped_storage().resize_(waiting.nbytes)
+    with waiting.file.open("rb") as file:
+        for piece in _bytes(waiting.tensor).split(PIECE):  # type: ignore[no-untyped-call]
+            held = torch.empty(piece.numel(), dtype=torch.uint8)
+            if file.readinto(held.numpy().data) != piece.numel():
+                raise OSError(f"{waiting.file} is shorter than what was written")
+            piece.copy_(held)
+
+
+def _held_elsewhere(waiting: _Waiting) -> bool:
+    """Whether a tensor, or another of its memory, is held by more than what waits."""
+    own = 2  # the attribute, and the argument of getrefcount
+    uses = torch._C._storage_Use_Count(waiting.tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    return sys.getrefcount(waiting.tensor) > own or uses > 2  # the tensor's, and the object that was just made
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -120,8 +168,3 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """All bytes of a tensor's storage; writing to them leaves the tensor's version alone."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
-
-
-def total_bytes(values: Iterable[Parcel]) -> int:
-    """Bytes that these parcels hold on disk or in memory."""
-    return sum(each.nbytes for parcel in values for each in parcel.waiting)

@@ -75,6 +75,9 @@ def say(text: str) -> None:
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
 )
+max_memory_option = click.option(
+    "--max-memory", metavar="SIZE", help="The most memory it may take: it works in smaller parts, or refuses."
+)
 backend_option = click.option(
     "--backend",
     type=click.Choice(["auto", "triton", "torch"]),

@@ -2,7 +2,7 @@
 
 import click
 
-from quantkit.cli.options import CONTEXT, hub_options, json_option, recipe_options, say
+from quantkit.cli.options import CONTEXT, hub_options, json_option, max_memory_option, recipe_options, say
 
 
 @click.command("plan", context_settings=CONTEXT)
@@ -18,6 +18,10 @@ from quantkit.cli.options import CONTEXT, hub_options, json_option, recipe_optio
     metavar="N",
     help="Tokens of a window. [default: 2048, or the model's context]",
 )
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where it would be done."
+)
+@max_memory_option
 @click.option("--explain", is_flag=True, help="Say what the data flow showed, group by group.")
 @hub_options
 @json_option
@@ -27,8 +31,8 @@ def command(model: str, explain: bool, as_json: bool, **options: object) -> None
     Of a model on the hub only config.json and the headers of its files are fetched. What a model does with its
     parameters is seen in one short pass with random weights, a block at a time. Every weight matrix has its place,
     quantized or left alone with the reason (--json names them all, the text the first of each kind); with --explain
-    every smoothing group, too. It also says which bytes there would be, the room that they need on disk, and
-    whether the work takes seconds, minutes, hours or days on this machine's CPU.
+    every smoothing group, too. It also says which bytes there would be, the room that they need on disk, the memory
+    that the work takes at its peak, and whether it takes seconds, minutes, hours or days on this machine's CPU.
 
     \b
     quantkit plan path/of/model -m smoothquant -m w8a8 --explain

@@ -11,6 +11,7 @@ from quantkit.cli.options import (
     device_option,
     hub_options,
     json_option,
+    max_memory_option,
     push_options,
     recipe_options,
     say,
@@ -28,6 +29,7 @@ from quantkit.cli.options import (
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file to write.")
 @data_dir_option
 @device_option
+@max_memory_option
 @click.option("--restart", is_flag=True, help="Begin anew, whatever a run that was stopped has finished.")
 @click.option("--eval-dataset", metavar="SPEC", help="Evaluate the result against the float model on this data set.")
 @click.option("--push-to-hub", metavar="REPO", help="Then send the result to this repository of the hub (owner/name).")

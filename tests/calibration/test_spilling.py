@@ -72,9 +72,14 @@ class Model(nn.Module):
 
     def forward(self, input_ids):
         first = hidden = self.embedding(input_ids)
+        beside = self.beside(first)
         for block in self.blocks:
             hidden = block(hidden, first=first) + 0.1 * hidden
-        return hidden
+        return hidden + beside
+
+    def beside(self, first):
+        """What no block is given, and the model still holds."""
+        return first * 2
 
 
 class Block(nn.Module):
@@ -106,3 +111,35 @@ def test_a_run_gives_what_the_model_gives(tmp_path, with_spill):
         run_blocks(model, list(model.blocks), batches, visit, finish=results.__setitem__, spill=spill)
     assert all(torch.equal(results[number], value) for number, value in enumerate(expected))
     assert in_memory == [0 if with_spill else 5] * 4
+
+
+def test_what_the_model_holds_beside_the_arguments_of_earlier_calls_is_on_disk_too(tmp_path):
+    torch.manual_seed(0)
+    model = Model()
+    batches = [{"input_ids": torch.randint(0, 50, (2, 9))} for _ in range(3)]
+    made, results, in_memory = [], {}, []
+    for block in model.blocks:  # only the first is given what the embedding made
+        block.forward = lambda hidden, first, block=block: torch.tanh(block.linear(hidden))
+    model.embedding.register_forward_hook(lambda *arguments: made.append(arguments[-1].untyped_storage()))
+    with torch.no_grad():
+        expected = [model(**batch) for batch in batches]
+    made.clear()
+
+    def visit(position, calls):
+        in_memory.append(sum(storage.nbytes() > 0 for storage in made))
+        return model.blocks[position]
+
+    with torch.no_grad():
+        run_blocks(model, list(model.blocks), batches, visit, finish=results.__setitem__, spill=Spill(tmp_path))
+    assert all(torch.equal(results[number], value) for number, value in enumerate(expected))
+    assert in_memory == [0] * 4
+
+
+def test_what_two_batches_share_stays_in_memory(tmp_path):
+    one, other, shared = torch.randn(100), torch.randn(100), torch.randn(100)
+    kept, spill = shared.clone(), Spill(tmp_path)
+    spill.put([one, shared])
+    assert held(one, shared) == [0, 0]
+    spill.put([other, shared])
+    assert held(one, other, shared) == [0, 0, 400]
+    assert torch.equal(shared, kept)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit import calibrated
+from quantkit import calibrated, footprint
 from quantkit.checkpoint import Hub, open_folder
 from quantkit.compression import compress_stage
 from quantkit.errors import CheckpointError, QuantkitError
@@ -141,7 +141,7 @@ class TestWhatBlocksAreFedWith:
 
         So everything that was folded, rounded and quantized is in what the next block is calibrated on.
         """
-        monkeypatch.setitem(calibrated.BATCH_TOKENS, "cpu", 64)
+        monkeypatch.setitem(footprint.BATCH_TOKENS, "cpu", 64)
         folder = tiny_folder(model_type)
         if dtype == "bfloat16":
             folder = bfloat16(folder, tmp_path / "bfloat16")

@@ -11,7 +11,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 import quantkit
-from quantkit import calibrated
+from quantkit import calibrated, footprint
 from quantkit.compression import _norms
 from quantkit.modules import quantize_linear
 from quantkit.scheme import Scheme
@@ -46,7 +46,7 @@ def test_a_block_runs_twice_for_each_batch_and_once_for_its_proof(model_folder, 
         counting.append(True)
         return run_blocks(*args, **kwargs)
 
-    monkeypatch.setitem(calibrated.BATCH_TOKENS, "cpu", 32)
+    monkeypatch.setitem(footprint.BATCH_TOKENS, "cpu", 32)
     monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", count)
     monkeypatch.setattr(calibrated, "run_blocks", counted)
     monkeypatch.setattr(Proof, "__call__", lambda self: proofs.append(prove(self)) or proofs[-1])
@@ -64,7 +64,7 @@ def test_static_scales_are_observed_as_far_as_the_last_product(model_folder, row
         stop(self, run)
         products.append(max(self.met.values()))
 
-    monkeypatch.setitem(calibrated.BATCH_TOKENS, "cpu", 32)
+    monkeypatch.setitem(footprint.BATCH_TOKENS, "cpu", 32)
     monkeypatch.setattr(calibrated.Watch, "of", of)
     quantkit.quantize(model_folder(), tmp_path / "out", steps=["w8a8:activation=tensor-static"], **rows)
     assert products == [1, 2, 3, 4] * 2
