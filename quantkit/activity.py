@@ -38,6 +38,13 @@ class Activity:
 
 def activity(skeleton: nn.Module, findings: Findings, batch: int, length: int) -> Activity:
     """What a batch of `batch` windows of `length` tokens holds, in float32."""
+    known: Activity | None = findings.activities.get((batch, length))
+    if known is None:
+        known = findings.activities[batch, length] = _found(skeleton, findings, batch, length)
+    return known
+
+
+def _found(skeleton: nn.Module, findings: Findings, batch: int, length: int) -> Activity:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch logs whatever fails
     try:

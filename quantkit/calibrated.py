@@ -249,6 +249,7 @@ class _Work:
         restore = None if worked.changed else partial(self.lazy.fill, name, block)
         smoother = Smoother(name, block, alpha, self.scheme, fed, self._dtypes(name, block), proof, restore)
         self.done.groups += smoother.fold_all(structure.groups, inputs)
+        self.excess.give_back()  # the weights as they were
         for path in self._settle(name, block, smoother.changed, axes):
             worked.changed[path] = self.model.get_parameter(path).detach()
         places = {id(group): position for position, group in enumerate(structure.groups)}

@@ -45,6 +45,7 @@ class Findings:
         order: the numbers of the blocks in the order in which they ran; longer than `count` where the model loops.
         ended: why the pass ended early, or None.
         reads_outside: whether the model reads parameters of modules that it doesn't run, outside of the blocks.
+        activities: what batches hold, by their windows and tokens, as far as it was counted.
     """
 
     blocks: str
@@ -55,6 +56,7 @@ class Findings:
     order: list[int] = field(default_factory=list)
     ended: str | None = None
     reads_outside: bool = False
+    activities: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def unused(self, parameter: str) -> bool:
         """Whether a block was traced, and this parameter of it (by its full name) met no activation."""
