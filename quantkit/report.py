@@ -17,6 +17,8 @@ from quantkit.version import __version__
 
 REPORT_FILE = "quantkit_report.json"
 LICENCE_KEYS = ("license", "license_name", "license_link")
+MOST_LINES = 8
+"""Lines of one kind that a screen has room for."""
 PACKAGES = ("torch", "transformers", "safetensors")
 
 
@@ -146,11 +148,12 @@ class Report:
             f"(predicted {_megabytes(self.predicted_memory_bytes)})",
         ]
         lines += group_lines(self.groups)
-        lines += [f"  --{match.kind} {match.pattern}: {match.matched} linear layers" for match in self.patterns]
-        lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  written as {new}, its tie: {old}" for old, new in self.renamed.items()]
-        for reason, names in _by_reason(self.left_alone).items():
-            lines.append(f"  left alone {_shortened(names)}: {reason}")
+        more = [f"  --{match.kind} {match.pattern}: {match.matched} linear layers" for match in self.patterns]
+        more += [f"  note: {note}" for note in self.notes]
+        more += [f"  written as {new}, its tie: {old}" for old, new in self.renamed.items()]
+        left = _by_reason(self.left_alone).items()
+        more += [f"  left alone {_shortened(names)}: {reason}" for reason, names in left]
+        lines += _first(more)
         if self.copied_unused:
             lines.append(f"  copied, though the model does not use them: {_shortened(self.copied_unused)}")
         if self.evaluation is not None:
@@ -170,7 +173,7 @@ def group_lines(groups: Sequence[GroupReport]) -> list[str]:
     for group in groups:
         if group.state != "folded":
             reasons.setdefault(f"{group.state}: {group.reason}", []).append(f"{group.block}.{group.producer}")
-    return lines + [f"  not folded {_shortened(names)}: {reason}" for reason, names in reasons.items()]
+    return lines + _first([f"  not folded {_shortened(names)}: {reason}" for reason, names in reasons.items()])
 
 
 def evaluation_line(result: dict[str, Any]) -> str:
@@ -197,6 +200,12 @@ def _by_reason(left: Sequence[LeftAlone]) -> dict[str, list[str]]:
     for item in left:
         groups.setdefault(item.reason, []).append(item.module)
     return groups
+
+
+def _first(lines: list[str]) -> list[str]:
+    """As many lines as a screen has room for."""
+    more = f"  and {len(lines) - MOST_LINES + 1} lines more, in {REPORT_FILE}"
+    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], more]
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import click
 from quantkit_kernels.errors import KernelError
 
 from quantkit.cli import bench, demo, evaluate, generate, inspect, methods, plan, push, quantize
-from quantkit.cli.options import CONTEXT
+from quantkit.cli.options import CONTEXT, MESSAGES, show_messages
 from quantkit.errors import QuantkitError
 from quantkit.untrusted import printable
 from quantkit.version import __version__
@@ -54,9 +54,10 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Line("quantkit: %(message)s"))
-        logging.basicConfig(handlers=[handler], level=logging.WARNING)
+        MESSAGES.setStream(sys.stderr)
+        MESSAGES.setFormatter(_Line("quantkit: %(message)s"))
+        logging.basicConfig(handlers=[MESSAGES])
+        show_messages()
         in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
         before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
         try:

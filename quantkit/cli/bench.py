@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options, json_option, say
+from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options, json_option, log_options, say
 
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 MIB = 2**20
@@ -42,6 +42,7 @@ MIB = 2**20
 @backend_option
 @device_option
 @hub_options
+@log_options
 @json_option
 def command(model: str, as_json: bool, **options: Any) -> None:
     """Measure how fast MODEL runs and what memory it takes.

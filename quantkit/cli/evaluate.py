@@ -12,6 +12,7 @@ from quantkit.cli.options import (
     device_option,
     hub_options,
     json_option,
+    log_options,
     say,
 )
 
@@ -34,6 +35,7 @@ TASK_FACTS = ("samples", "shots", "version")
 @device_option
 @data_dir_option
 @hub_options
+@log_options
 @json_option
 def command(model: str, dataset: str | None, tasks: str | None, as_json: bool, **options: Any) -> None:
     """Measure MODEL on a text: perplexity ± standard error, or last-word accuracy; and on tasks of lm-eval.

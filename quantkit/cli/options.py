@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -63,6 +64,50 @@ _PUSH = (
 def push_options(function: F) -> F:
     """The function with the options that say how a checkpoint goes to the hub."""
     for option in reversed(_PUSH):
+        function = option(function)
+    return function
+
+
+LEVELS = ("debug", "info", "warning", "error")
+MESSAGES = logging.StreamHandler()
+"""Writes what quantkit warns of and tells on stderr."""
+
+
+def _set_level(context: click.Context, key: str, value: Any) -> None:
+    """What `--quiet` and `--log-level` say together about messages on stderr; the run's log has them in any case."""
+    context.meta[f"quantkit.{key}"] = value
+    level = context.meta.get("quantkit.level") or ("error" if context.meta.get("quantkit.quiet") else "warning")
+    show_messages(level)
+
+
+def show_messages(level: str = "warning") -> None:
+    """Show messages of this level and above on stderr."""
+    MESSAGES.setLevel(level.upper())
+    logging.getLogger("quantkit").setLevel(min(MESSAGES.level, logging.INFO))
+
+
+def _quiet(context: click.Context, _: click.Parameter, value: bool) -> bool:
+    _set_level(context, "quiet", value)
+    return not value
+
+
+def _level(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    _set_level(context, "level", value)
+
+
+def log_options(function: F) -> F:
+    """The function with the options that say what goes to stderr; it is given `progress`."""
+    options = (
+        click.option("--quiet", "progress", is_flag=True, callback=_quiet, help="No progress, no warnings."),
+        click.option(
+            "--log-level",
+            type=click.Choice(LEVELS),
+            expose_value=False,
+            callback=_level,
+            help="What is told on stderr. [default: warning]",
+        ),
+    )
+    for option in reversed(options):
         function = option(function)
     return function
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli.options import CONTEXT, json_option, push_options, say
+from quantkit.cli.options import CONTEXT, json_option, log_options, push_options, say
 
 
 @click.command("push", context_settings=CONTEXT)
@@ -12,6 +12,7 @@ from quantkit.cli.options import CONTEXT, json_option, push_options, say
 @click.argument("repo", metavar="REPO")
 @push_options
 @click.option("--token", metavar="TOKEN", help="Access token. [default: HF_TOKEN, or that of hf auth login]")
+@log_options
 @json_option
 def command(folder: str, repo: str, as_json: bool, **options: Any) -> None:
     """Send OUT, which quantkit quantize wrote, to the repository REPO of the hub.

@@ -11,6 +11,7 @@ from quantkit.cli.options import (
     device_option,
     hub_options,
     json_option,
+    log_options,
     max_memory_option,
     push_options,
     recipe_options,
@@ -35,6 +36,7 @@ from quantkit.cli.options import (
 @click.option("--push-to-hub", metavar="REPO", help="Then send the result to this repository of the hub (owner/name).")
 @push_options
 @hub_options
+@log_options
 @json_option
 def command(model: str, as_json: bool, **options: Any) -> None:
     """Compress MODEL and write it to OUT.
