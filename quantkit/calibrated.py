@@ -157,8 +157,11 @@ class _Work:
         self.lazy.fill(name, block)
         layers = [layer for layer in self.plan.quantized if layer.parameter.startswith(f"{name}.")]
         axes = {layer.parameter.removeprefix(f"{name}."): layer.in_axis for layer in layers}
-        made = self._calibrate if self.journal.finished(name) is None else self._replay
-        kept = made(index, block, calls, axes)
+        if self.journal.finished(name) is None:
+            kept = self._calibrate(index, block, calls, axes)
+        else:
+            with self.journal.step(name, "replay"):
+                kept = self._replay(index, block, calls, axes)
         if not (calls.last and not self.looped):
             self._undo[index] = self._quantize(layers, kept)
         return block
@@ -170,18 +173,23 @@ class _Work:
         self.done, seen = Outcome(), Observation(name, block, calls, self.excess)
         for number, step in enumerate(self.recipe.transforms):
             alpha = None if step.parameters["alpha"] == "auto" else float(step.parameters["alpha"])
-            folded = self._smooth(index, seen, axes, alpha, worked)
+            with self.journal.step(name, step.name):
+                folded = self._smooth(index, seen, axes, alpha, worked)
             state |= {f"{FOLD}{number}.{position}": scale for position, scale in folded.items()}
         if self.scheme is not None and self.scheme.is_static and axes:
-            worked.input_scales = self._scales = seen.static_scales(axes, self.scheme)
+            with self.journal.step(name, "static scales"):
+                worked.input_scales = self._scales = seen.static_scales(axes, self.scheme)
             state |= {SCALE + path: scale for path, scale in self._scales.items()}
         if self.scheme is not None and self.scheme.outlier_columns is not None and axes:
-            worked.outlier_columns = seen.outlier_columns(axes, self.scheme, self.recipe.seed)
+            with self.journal.step(name, "outlier columns"):
+                worked.outlier_columns = seen.outlier_columns(axes, self.scheme, self.recipe.seed)
         self.done.notes += seen.notes
         kept: Kept = {}
         stage = self.stages.get(name)
         if stage is not None:
-            self.done.layers += compress_stage(stage, self.plan, self.source, self.writer, self.device, worked, kept)
+            with self.journal.step(name, "compress"):
+                layers = compress_stage(stage, self.plan, self.source, self.writer, self.device, worked, kept)
+            self.done.layers += layers
         self.journal.commit(name, self.done, state)
         return kept
 

@@ -11,6 +11,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,16 @@ from quantkit_eval.tasks import (
     padded,
 )
 
-from quantkit.checkpoint import Hub
+from quantkit.checkpoint import Hub, read_config
 from quantkit.errors import CheckpointError, DataError, QuantkitError
+from quantkit.identity import files_of
+from quantkit.interruption import Interruptible, Statistic
 from quantkit.memory import peak_memory_bytes
 from quantkit.pairing import (
     Model,
     Pair,
     backend_in_use,
+    baseline_hub,
     check_vocabulary,
     folder_of,
     loaded,
@@ -45,6 +50,7 @@ from quantkit.pairing import (
 )
 from quantkit.progress import track
 from quantkit.texts import Texts, Tokens, encode, read, tokenize
+from quantkit.version import __version__
 
 # Windows or passages of a batch, unless batch_size says otherwise, hold this many tokens (one window at least).
 DEFAULT_BATCH_TOKENS = 2048
@@ -70,6 +76,7 @@ def evaluate(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     tokenizer: Any = None,
+    restart: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """The numbers that `quantkit eval --json` prints, by name.
@@ -93,6 +100,7 @@ def evaluate(
         cache_dir: the hub's cache.
         trust_remote_code: let a model's folder run its own Python code.
         tokenizer: used instead of the model's.
+        restart: begin anew, whatever the same evaluation had done when it was stopped.
         progress: say on stderr how far it is.
 
     A model in memory whose `name_or_path` is a folder has its tokenizer there. `tokens` counts predictions: seq_len - 1
@@ -123,10 +131,9 @@ def evaluate(
         if texts is not None:
             length = window_length(pair, seq_len)
             with torch.inference_mode(), _memory_errors(batch_size, length), position_errors(pair.name, length):
-                if tokens is None:
-                    measured = _last_word(pair, texts, tokenizer, length, max_tokens, batch_size, progress)
-                else:
-                    measured = _perplexity(pair, tokens, texts.name, length, max_tokens, batch_size, progress)
+                known = _fingerprint(model, baseline, hub, texts, (length, max_tokens, batch_size, device, backend))
+                run = _Run(pair, length, max_tokens, batch_size, known, restart, progress)
+                measured = _last_word(run, texts, tokenizer) if tokens is None else _perplexity(run, tokens, texts.name)
         if harness is not None:
             measured["tasks"] = harness.run(pair.model, tokenizer, batch_size, progress)
             if pair.baseline is not None:
@@ -178,28 +185,56 @@ def check_text(
 # The two protocols
 
 
-def _perplexity(
-    pair: Pair,
-    tokens: Tokens,
-    name: str,
-    seq_len: int,
-    max_tokens: int | None,
-    batch_size: int | None,
-    progress: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Run:
+    """What both protocols are given: the models, how much they read at a time, and what the evaluation is known by."""
+
+    pair: Pair
+    seq_len: int
+    max_tokens: int | None
+    batch_size: int | None
+    fingerprint: dict[str, Any] | None
+    restart: bool
+    progress: bool
+
+
+def _fingerprint(
+    model: str | Path | Model, baseline: str | Path | Model | None, hub: Hub, texts: Texts, settings: tuple[Any, ...]
+) -> dict[str, Any] | None:
+    """What an evaluation is known by when it is taken up again; None where a model lies in memory."""
+    folders = {}
+    for what, each in (("model", model), ("baseline", baseline)):
+        if each is not None:
+            folder = (
+                None
+                if isinstance(each, torch.nn.Module)
+                else folder_of(each, hub if what == "model" else baseline_hub(hub))
+            )
+            if folder is None:
+                return None
+            folders[what] = {"config": read_config(folder), "files": files_of(folder)}
+    versions = {package: version(package) for package in ("torch", "transformers")}
+    return folders | versions | {"quantkit": __version__, "texts": texts.fingerprint, "settings": settings}
+
+
+def _perplexity(run: _Run, tokens: Tokens, name: str) -> dict[str, Any]:
     """Perplexity over windows, with what a comparison adds."""
-    cut = _windows(tokens.ids, name, seq_len, max_tokens)
+    pair, seq_len = run.pair, run.seq_len
+    cut = _windows(tokens.ids, name, seq_len, run.max_tokens)
     check_vocabulary(pair.model, pair.name, int(cut.max()))
     ours, theirs, comparison = Perplexity(), Perplexity(), Comparison()
-    batches = torch.split(cut, batch_size or max(1, DEFAULT_BATCH_TOKENS // seq_len))
-    for batch in track(batches, "perplexity", len(batches), "batch", disable=not progress):
-        logits = _logits(pair.model, batch)
-        ours.update(_finite(window_nll(logits, batch), pair.name))
-        if pair.baseline is not None:
-            base = _logits(pair.baseline, batch)
-            theirs.update(_finite(window_nll(base, batch), pair.baseline_name))
-            for base_tv, logits_tv, window in zip(base, logits, batch, strict=True):
-                comparison.update(base_tv[:-1], logits_tv[:-1], window[1:])
+    batches = torch.split(cut, run.batch_size or max(1, DEFAULT_BATCH_TOKENS // seq_len))
+    statistics: dict[str, Statistic] = {"model": ours, "baseline": theirs, "comparison": comparison}
+    with Interruptible(run.fingerprint, statistics, restart=run.restart) as kept:
+        for batch in track(kept.left(batches), "perplexity", unit="batch", disable=not run.progress):
+            logits = _logits(pair.model, batch)
+            ours.update(_finite(window_nll(logits, batch), pair.name))
+            if pair.baseline is not None:
+                base = _logits(pair.baseline, batch)
+                theirs.update(_finite(window_nll(base, batch), pair.baseline_name))
+                for base_tv, logits_tv, window in zip(base, logits, batch, strict=True):
+                    comparison.update(base_tv[:-1], logits_tv[:-1], window[1:])
+            kept.done()
     result = ours.result()
     bits = None
     if tokens.utf8_bytes is not None:
@@ -221,33 +256,29 @@ def _perplexity(
     return measured
 
 
-def _last_word(
-    pair: Pair,
-    texts: Texts,
-    tokenizer: Any,
-    context: int,
-    max_tokens: int | None,
-    batch_size: int | None,
-    progress: bool,
-) -> dict[str, Any]:
+def _last_word(run: _Run, texts: Texts, tokenizer: Any) -> dict[str, Any]:
     """Last-word accuracy over passages, with what a comparison adds (over the continuations' tokens)."""
-    passages, skipped = _passages(texts, tokenizer, context, max_tokens)
+    pair = run.pair
+    passages, skipped = _passages(texts, tokenizer, run.seq_len, run.max_tokens)
     check_vocabulary(pair.model, pair.name, max(max(p.tokens) for p in passages))
     # Longest first: little padding, and too large a batch fails at once.
     passages.sort(key=lambda p: len(p.tokens), reverse=True)
-    size = batch_size or max(1, DEFAULT_BATCH_TOKENS // len(passages[0].tokens))
+    size = run.batch_size or max(1, DEFAULT_BATCH_TOKENS // len(passages[0].tokens))
     batches = [passages[start : start + size] for start in range(0, len(passages), size)]
     ours, theirs, comparison = LastWord(), LastWord(), Comparison()
-    for batch in track(batches, "last word", len(batches), "batch", disable=not progress):
-        input_ids, mask = padded(batch)
-        logits = _logits(pair.model, input_ids, mask)
-        _add_passages(ours, logits, batch, pair.name)
-        if pair.baseline is not None:
-            base = _logits(pair.baseline, input_ids, mask)
-            _add_passages(theirs, base, batch, pair.baseline_name)
-            for row, passage in enumerate(batch):
-                base_nv, targets = continuation_rows(base[row], passage)
-                comparison.update(base_nv, continuation_rows(logits[row], passage)[0], targets)
+    statistics: dict[str, Statistic] = {"model": ours, "baseline": theirs, "comparison": comparison}
+    with Interruptible(run.fingerprint, statistics, restart=run.restart) as kept:
+        for batch in track(kept.left(batches), "last word", unit="batch", disable=not run.progress):
+            input_ids, mask = padded(batch)
+            logits = _logits(pair.model, input_ids, mask)
+            _add_passages(ours, logits, batch, pair.name)
+            if pair.baseline is not None:
+                base = _logits(pair.baseline, input_ids, mask)
+                _add_passages(theirs, base, batch, pair.baseline_name)
+                for row, passage in enumerate(batch):
+                    base_nv, targets = continuation_rows(base[row], passage)
+                    comparison.update(base_nv, continuation_rows(logits[row], passage)[0], targets)
+            kept.done()
     result = ours.result()
     measured: dict[str, Any] = {
         "protocol": "last-word",

@@ -21,8 +21,12 @@ def identity(source: Source) -> dict[str, Any]:
     if source.folder is None:
         weights = {name: checksum(source.weights.get(name)) for name in source.weights.tensors}
         return {"config": config, "tensors": _digest(weights)}
-    files = {path.name: _file(path) for path in sorted(source.folder.glob("*.safetensors"))}
-    return {"config": config, "files": files}
+    return {"config": config, "files": files_of(source.folder)}
+
+
+def files_of(folder: Path) -> dict[str, list[Any]]:
+    """Size, time and header's hash of every safetensors file of a folder, by its name."""
+    return {path.name: _file(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _file(path: Path) -> list[Any]:

@@ -5,9 +5,10 @@ it is written once those are durable, under a temporary name, synced and renamed
 """
 
 import json
+import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,8 @@ FINGERPRINT = "fingerprint.json"
 COMPLETE = "complete.json"
 SCRATCH = "scratch"
 
+log = logging.getLogger("quantkit")
+
 
 class Journal:
     """Records of finished stages, written as a run goes on and read when it is taken up again.
@@ -34,6 +37,7 @@ class Journal:
         writer: takes the tensors; what records name is given to it as written.
         every: each stage gets a file and a record of its own, however small. Without it stages share a file until it
             is worth one, and a run that is stopped does the last few again.
+        tell: is told of every step and stage that is done: an event's name and its fields.
 
     Attributes:
         seconds: what the run took before it was taken up again.
@@ -41,11 +45,14 @@ class Journal:
         is_complete: all stages are done; a run that is taken up goes on with the final shards.
     """
 
-    def __init__(self, folder: Path, writer: ShardWriter, *, every: bool) -> None:
+    def __init__(
+        self, folder: Path, writer: ShardWriter, *, every: bool, tell: Callable[..., None] | None = None
+    ) -> None:
         self.folder = folder / STATE
         self.writer, self.every = writer, every
         self.seconds, self.peak_memory_bytes = 0.0, 0
-        self._started = time.monotonic()
+        self._tell = tell or (lambda *_, **__: None)
+        self._started = self._latest = time.monotonic()
         self._stages: dict[str, Outcome] = {}
         self._pending: dict[str, Outcome] = {}
         self._states: dict[str, Path] = {}
@@ -94,6 +101,13 @@ class Journal:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    @contextmanager
+    def step(self, stage: str, step: str) -> Iterator[None]:
+        """While this lasts a step of a stage is done."""
+        started = time.monotonic()
+        yield
+        self._tell("step", stage=stage, step=step, seconds=round(time.monotonic() - started, 3))
+
     def setting(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """The value that a run was begun with: this one, or what was kept when it was begun."""
         path = self.folder / f"{name}.json"
@@ -124,6 +138,11 @@ class Journal:
 
     def commit(self, stage: str, outcome: Outcome, state: Mapping[str, torch.Tensor] | None = None) -> None:
         """Say that a stage is done: all its tensors are with the writer. `state` is kept beside it."""
+        now = time.monotonic()
+        seconds, self._latest = now - self._latest, now
+        self._tell("stage", stage=stage, layers=len(outcome.layers), notes=outcome.notes, seconds=round(seconds, 3))
+        peak = (peak_memory_bytes() or 0) / 1e6
+        log.info("%s: %d layers, %.1f s, %.0f MB peak memory", stage, len(outcome.layers), seconds, peak)
         if state:
             path = self.folder / f"state-{len(self._states):05d}.safetensors"
             write_tensors(path, {name: value.detach().cpu().contiguous() for name, value in state.items()})

@@ -109,7 +109,7 @@ def tokenizer_for(model: Any, baseline: Any, hub: Hub, texts: Texts) -> Any:
     """The model's tokenizer; refuses a baseline whose tokenizer has another vocabulary."""
     tokenizer = tokenizer_of(model, hub)
     require_tokenizer(texts, tokenizer, name_of(model))
-    other = None if baseline is None else tokenizer_of(baseline, _baseline_hub(hub))
+    other = None if baseline is None else tokenizer_of(baseline, baseline_hub(hub))
     if other is not None and other.get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"the tokenizers of {name_of(model)} and {name_of(baseline)} have different vocabularies: give the "
@@ -135,7 +135,7 @@ def tokenizer_of(model: Any, hub: Hub) -> Any:
     return load_tokenizer(folder, trust_remote_code=hub.trust_remote_code)
 
 
-def _baseline_hub(hub: Hub) -> Hub:
+def baseline_hub(hub: Hub) -> Hub:
     """The hub's arguments for a baseline: a revision belongs to the model."""
     return Hub(None, hub.token, hub.cache_dir, hub.trust_remote_code)
 
@@ -148,7 +148,7 @@ def loaded(model: Any, baseline: Any, hub: Hub, device: str, backend: str) -> It
             raise QuantkitError(f"{given!r} is no model: give a folder, a hub id or a transformers model")
     place = place_of(model, baseline, device)
     ours = _load(model, hub, place, backend)
-    theirs = None if baseline is None else _load(baseline, _baseline_hub(hub), place, backend)
+    theirs = None if baseline is None else _load(baseline, baseline_hub(hub), place, backend)
     pair = Pair(ours, name_of(model), theirs, "" if baseline is None else name_of(baseline))
     if theirs is not None and vocabulary(ours) != vocabulary(theirs):
         raise DataError(

@@ -1,6 +1,7 @@
 """quantize(): from a float model to a compressed checkpoint on disk, as a straight line."""
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from quantkit.errors import DataError, QuantkitError, RecipeError
 from quantkit.footprint import Batching, footprint
 from quantkit.headers import NoPartsError
 from quantkit.identity import identity
-from quantkit.journal import Journal
+from quantkit.journal import Journal, records
 from quantkit.memory import peak_memory_bytes
 from quantkit.naming import float_layout
 from quantkit.outcome import Outcome
@@ -42,6 +43,7 @@ from quantkit.progress import Steps
 from quantkit.publishing import Publication
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.report import Report, model_card, write_report
+from quantkit.runlog import RunLog, log_path
 from quantkit.shards import ShardReader, ShardWriter, write_error, write_json, write_text
 from quantkit.targets import counted
 from quantkit.texts import read, tokenize
@@ -165,25 +167,34 @@ def quantize(
     shape = (0, 0) if windows is None else (len(windows), windows.shape[1])
     foreseen = footprint(source, plan, made, shape, place, allowed)
     with partial_folder(target, known, restart=restart) as folder:
-        writer = ShardWriter(folder, limit)
-        journal = Journal(folder, writer, every=windows is not None)
-        batching = None
-        if foreseen.batching is not None:  # a run that is taken up goes on as it was begun, or its bits would differ
-            batching = Batching(**journal.setting("batching", asdict(foreseen.batching)))
-        done = compress(plan, made, source, journal, place, windows, batching, progress)
-        plan = replace(plan, targets=counted(plan.targets, done.layers))
-        writer.finish()
-        write_json(folder / "config.json", finished_config(source, plan))
-        copy_files(source, folder)
-        write_text(folder / RECIPE_FILE, made.to_json())
-        verified = verify(folder, plan, writer.checksums, progress=progress)
-        report = Report.of(source, made, plan, done, writer.nbytes, verified)
-        report.seconds = journal.seconds + time.monotonic() - started
-        peak = peak_memory_bytes()
-        report.peak_memory_bytes = None if peak is None else max(peak, journal.peak_memory_bytes)
-        report.predicted_memory_bytes = foreseen.host_bytes
-        write_text(folder / "README.md", model_card(report, source))
-        write_report(folder, report)
+        finished = records(folder)
+        with RunLog(log_path(target), anew=not finished) as run:
+            words = {"model": source.name, "recipe": made.to_dict(), "version": __version__, "pid": os.getpid()}
+            run.write("resume" if finished else "start", **words, memory=foreseen.to_dict(), records=finished)
+            writer = ShardWriter(folder, limit)
+            journal = Journal(folder, writer, every=windows is not None, tell=run.write)
+            batching = None
+            if (
+                foreseen.batching is not None
+            ):  # a run that is taken up goes on as it was begun, or its bits would differ
+                batching = Batching(**journal.setting("batching", asdict(foreseen.batching)))
+            done = compress(plan, made, source, journal, place, windows, batching, progress)
+            plan = replace(plan, targets=counted(plan.targets, done.layers))
+            with journal.step("all", "write"):
+                writer.finish()
+                write_json(folder / "config.json", finished_config(source, plan))
+                copy_files(source, folder)
+                write_text(folder / RECIPE_FILE, made.to_json())
+            with journal.step("all", "verify"):
+                verified = verify(folder, plan, writer.checksums, progress=progress)
+            report = Report.of(source, made, plan, done, writer.nbytes, verified)
+            report.seconds = journal.seconds + time.monotonic() - started
+            peak = peak_memory_bytes()
+            report.peak_memory_bytes = None if peak is None else max(peak, journal.peak_memory_bytes)
+            report.predicted_memory_bytes = foreseen.host_bytes
+            write_text(folder / "README.md", model_card(report, source))
+            write_report(folder, report)
+            run.write("finish", seconds=round(report.seconds, 3), layers=len(report.layers), bytes=report.bytes_after)
     if evaluation is not None:
         try:
             report.evaluation = evaluation(target)

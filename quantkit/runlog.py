@@ -3,8 +3,6 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +22,7 @@ def log_path(output: Path) -> Path:
 class RunLog(logging.Handler):
     """Writes what happens in a run; while it is entered, what quantkit warns of as well.
 
-    Every line has `time` (UTC, ISO 8601), `event` (`start`, `resume`, `stage`, `step`, `warning`, `error`, `finish`),
+    Every line has `time` (UTC, ISO 8601), `event` (`start`, `resume`, `step`, `stage`, `warning`, `error`, `finish`),
     `elapsed` (seconds of this process's run) and `peak_memory_bytes` (VmHWM); the rest depends on the event. A line is
     written as a whole and flushed; it is not synced, which would cost more than it is worth.
 
@@ -57,16 +55,10 @@ class RunLog(logging.Handler):
         except OSError as error:
             raise write_error(error, self.path) from error
 
-    @contextmanager
-    def step(self, stage: str, step: str) -> Iterator[None]:
-        """While this lasts a step of a stage is done; its line says how long it took."""
-        started = time.monotonic()
-        yield
-        self.write("step", stage=stage, step=step, seconds=round(time.monotonic() - started, 3))
-
     def emit(self, record: logging.LogRecord) -> None:
         """Write a warning."""
-        self.write("warning", message=record.getMessage())
+        if record.levelno >= logging.WARNING:
+            self.write("warning", message=record.getMessage())
 
     def __enter__(self) -> "RunLog":
         log.addHandler(self)

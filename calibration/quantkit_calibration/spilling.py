@@ -63,9 +63,10 @@ class Spill:
         """
         found: dict[int, torch.Tensor] = {}
         for leaf in tree_leaves(values):
-            if isinstance(leaf, torch.Tensor) and _address(leaf) not in self._exempt:
-                if _may_go(leaf) or _address(leaf) in self._parcels:
-                    found.setdefault(_address(leaf), leaf)
+            if not isinstance(leaf, torch.Tensor) or _address(leaf) in self._exempt:
+                continue
+            if _may_go(leaf) or _address(leaf) in self._parcels:
+                found.setdefault(_address(leaf), leaf)
         parcel = Parcel()
         for address, tensor in found.items():
             holder = self._parcels.get(address)

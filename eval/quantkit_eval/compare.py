@@ -5,6 +5,7 @@ can't. p is the baseline's distribution, q the model's.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,17 @@ class Comparison:
             true = targets_n[rows, None].to(device)
             change = log_q.gather(-1, true).exp() - log_p.gather(-1, true).exp()
             self._squared_change += float((change * change).sum())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that it holds, for `take_up`."""
+        kl = torch.cat(self._kl) if self._kl else torch.empty(0, dtype=torch.float64)
+        change = torch.tensor(self._squared_change, dtype=torch.float64)
+        return {"kl": kl, "agreed": torch.tensor(self._agreed), "squared_change": change}
+
+    def take_up(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold what another one held."""
+        self._kl = [state["kl"]] if state["kl"].numel() else []
+        self._agreed, self._squared_change = int(state["agreed"]), float(state["squared_change"])
 
     def result(self) -> ComparisonResult:
         """The statistics over all tokens so far; a percentile interpolates linearly between neighbours."""

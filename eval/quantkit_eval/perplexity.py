@@ -6,7 +6,7 @@ gives the standard error: tokens of one window are not independent of one anothe
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,14 @@ class Perplexity:
             raise ValueError(f"a window of {nll_bt.shape[1]} predictions after windows of {self._length}")
         self._length = nll_bt.shape[1]
         self._means.extend(nll_bt.double().mean(dim=1).tolist())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that it holds, for `take_up`."""
+        return {"means": torch.tensor(self._means, dtype=torch.float64), "length": torch.tensor(self._length or 0)}
+
+    def take_up(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold what another one held."""
+        self._means, self._length = state["means"].tolist(), int(state["length"]) or None
 
     def result(self) -> PerplexityResult:
         """exp(mean) ± exp(mean) · s/√W: the delta method, s the sample deviation of the windows' means."""

@@ -7,7 +7,7 @@ between context and continuation, the two are encoded apart.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,16 @@ class LastWord:
         self._nats.append(float(nll_n.double().sum()))
         self._right += bool(greedy_n.all())
         self._tokens += nll_n.numel()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that it holds, for `take_up`."""
+        counts = torch.tensor([self._right, self._tokens])
+        return {"nats": torch.tensor(self._nats, dtype=torch.float64), "counts": counts}
+
+    def take_up(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold what another one held."""
+        self._nats = state["nats"].tolist()
+        self._right, self._tokens = state["counts"].tolist()
 
     def result(self) -> LastWordResult:
         """Accuracy a ± √(a(1 - a)/(n - 1)), the sample error of a mean of zeros and ones; perplexity by passage."""

@@ -31,6 +31,7 @@ TASK_FACTS = ("samples", "shots", "version")
 @click.option("--include-path", metavar="DIR", help="A folder with further tasks for lm-eval.")
 @click.option("--num-fewshot", type=int, metavar="N", help="Examples in the tasks' prompts. [default: each task's own]")
 @click.option("--limit", type=int, metavar="N", help="Run only so many samples of each task.")
+@click.option("--restart", is_flag=True, help="Begin anew, whatever the same evaluation did before it was stopped.")
 @backend_option
 @device_option
 @data_dir_option

@@ -6,9 +6,9 @@ from quantkit.report import MOST_LINES, LeftAlone, Report
 
 
 @pytest.fixture
-def arguments(tiny_folder, tmp_path):
+def arguments(model_folder, tmp_path):
     """A command line that has something to warn of."""
-    return ("quantize", tiny_folder("llama"), "-o", tmp_path / "out", "-m", "w8a8", "--dataset", "unused.txt")
+    return ("quantize", model_folder("llama"), "-o", tmp_path / "out", "-m", "w8a8", "--dataset", "unused.txt")
 
 
 def process(*arguments):

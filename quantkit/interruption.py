@@ -1,0 +1,123 @@
+"""Evaluations that go on where they were stopped: their statistics, kept in the user's cache from time to time."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from quantkit.errors import CheckpointError
+from quantkit.shards import read_tensors, write_tensors
+
+INTERVAL = 30.0
+"""Seconds after which statistics are kept anew; a machine that fails loses no more of an evaluation."""
+
+DONE = "done"
+
+T = TypeVar("T")
+
+log = logging.getLogger("quantkit")
+
+
+class Statistic(Protocol):
+    """What is gathered batch by batch."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that it holds."""
+
+    def take_up(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Hold this, which `state` gave."""
+
+
+def cache_folder() -> Path:
+    """Where statistics of evaluations are kept: `quantkit/evaluations` of the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "quantkit" / "evaluations"
+
+
+class Interruptible:
+    """A loop over batches that goes on where an earlier one with the same fingerprint was stopped.
+
+    As a context it keeps the statistics when it is interrupted (Ctrl-C, SIGTERM), and forgets them when all is done.
+
+    Args:
+        fingerprint: what the evaluation is known by, or None for one that can't be known again (a model in memory).
+        statistics: what is gathered, by name.
+        restart: begin anew, whatever an earlier one did.
+    """
+
+    def __init__(
+        self, fingerprint: Mapping[str, Any] | None, statistics: Mapping[str, Statistic], *, restart: bool = False
+    ) -> None:
+        self.statistics = statistics
+        self.count = 0
+        self._path: Path | None = None
+        self._saved = time.monotonic()
+        if fingerprint is not None:
+            text = json.dumps(fingerprint, sort_keys=True, default=str)
+            self._path = cache_folder() / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
+            if restart:
+                self._path.unlink(missing_ok=True)
+            self._take_up(self._path)
+
+    def _take_up(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        try:
+            found = read_tensors(path)
+            count = int(found.pop(DONE))
+            for name, statistic in self.statistics.items():
+                statistic.take_up(
+                    {key[len(name) + 1 :]: each for key, each in found.items() if key.startswith(f"{name}.")}
+                )
+        except (CheckpointError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}, which an evaluation that was stopped left, is damaged ({error}); give --restart to begin anew"
+            ) from error
+        self.count = count
+        log.warning("going on after batch %d, where this evaluation was stopped; --restart begins anew", count)
+
+    def left(self, batches: Sequence[T]) -> Sequence[T]:
+        """The batches that are still to be done."""
+        return batches[self.count :]
+
+    def done(self) -> None:
+        """Say that one more batch is in the statistics."""
+        self.count += 1
+        if time.monotonic() - self._saved >= INTERVAL:
+            self._save()
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        tensors = {DONE: torch.tensor(self.count)}
+        for name, statistic in self.statistics.items():
+            tensors |= {f"{name}.{key}": value for key, value in statistic.state().items()}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path.parent} cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder of yours"
+            ) from error
+        write_tensors(self._path, tensors)
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> "Interruptible":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._path is None:
+            return
+        if kind is None:
+            self._path.unlink(missing_ok=True)
+        elif issubclass(kind, KeyboardInterrupt) and self.count:
+            self._save()
+            log.warning("%d batches are kept: the same command goes on after them", self.count)
