@@ -21,6 +21,7 @@ from quantkit_kernels.backends import BACKENDS
 from quantkit_kernels.errors import KernelError
 from torch import nn
 
+from quantkit import attention as attentions
 from quantkit import errors
 from quantkit.checkpoint import Hub, read_config, resolve
 from quantkit.errors import CheckpointError, DataError, QuantkitError
@@ -49,6 +50,7 @@ def benchmark(
     cache: str = "auto",
     backend: str = "auto",
     keep_decoded: bool = False,
+    attention: str = "auto",
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -76,6 +78,8 @@ def benchmark(
         backend: auto, triton or torch: what compressed layers run on.
         keep_decoded: on a CPU, keep weights that would be decoded at every call as they are decoded (`quantkit.load`);
             the memory that this takes is in the figures.
+        attention: auto or transformers: what computes the model's attention on a CPU (`quantkit.load`). The baseline's
+            is always transformers', so that it is the float model as it runs without quantkit.
         device: auto, cpu, cuda or cuda:N.
         threads: threads of a CPU, by default what torch chooses.
         seed: seed of the prompts' token ids.
@@ -89,7 +93,8 @@ def benchmark(
     the best at just that. Raises QuantkitError's children, one sentence each, for what can't be measured.
     """
     numbers = {"prompt_tokens": prompt_tokens, "batch": batch, "runs": runs, "threads": threads}
-    _check_arguments(numbers, new_tokens, seed, {"dtype": dtype, "baseline_dtype": baseline_dtype}, cache, backend)
+    words = {"cache": cache, "backend": backend, "attention": attention}
+    _check_arguments(numbers, new_tokens, seed, {"dtype": dtype, "baseline_dtype": baseline_dtype}, words)
     if keep_decoded and isinstance(model, nn.Module):
         raise QuantkitError(
             "keep_decoded is for models that are loaded: call quantkit.modules.keep_decoded(model) before"
@@ -115,8 +120,9 @@ def benchmark(
         contenders = []
         steps = stack.enter_context(Steps("benchmark", len(given) * (runs + 1), "run", disable=not progress))
         for source, role, where, each in given:
-            kept = keep_decoded and role == "model"
-            task = Task(name_of(source), "" if where is None else str(where), each, place, backend, kept, *common)
+            kept, used = (keep_decoded, attention) if role == "model" else (False, "transformers")
+            path = "" if where is None else str(where)
+            task = Task(name_of(source), path, each, place, backend, kept, *common, used)
             contenders.append(stack.enter_context(_contender(source, role, task, hub)))
             steps.advance()
         _check_vocabularies(contenders)
@@ -299,8 +305,7 @@ def _check_arguments(
     new_tokens: int,
     seed: int,
     dtypes: dict[str, str | None],
-    cache: str,
-    backend: str,
+    words: dict[str, str],
 ) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
@@ -312,9 +317,10 @@ def _check_arguments(
     for name, dtype in dtypes.items():
         if dtype is not None and dtype not in DTYPES:
             raise QuantkitError(f"{name} is {dtype!r}: expected one of {', '.join(DTYPES)}")
-    for name, word, known in (("cache", cache, CACHES), ("backend", backend, BACKENDS)):
-        if word not in known:
-            raise QuantkitError(f"{name} is {word!r}: expected one of {', '.join(known)}")
+    known = {"cache": CACHES, "backend": BACKENDS, "attention": attentions.CHOICES}
+    for name, word in words.items():
+        if word not in known[name]:
+            raise QuantkitError(f"{name} is {word!r}: expected one of {', '.join(known[name])}")
 
 
 def _folder(model: Any, hub: Hub) -> Path | None:

@@ -44,7 +44,7 @@ def quantize_experts(
             f"experts {list(weight.shape)} with in features on axis {in_axis} have no groups of {size}: groups need "
             "out x in weights whose in features they divide; use group=channel"
         )
-    codes = torch.empty(weight.shape, dtype=getattr(torch, scheme.weight_dtype), device=weight.device)
+    codes = torch.empty(weight.shape, dtype=getattr(torch, scheme.code_dtype), device=weight.device)
     scales = []
     for expert, float_weight in enumerate(weight):
         rows = float_weight.t() if in_axis == 1 else float_weight

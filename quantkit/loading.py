@@ -1,6 +1,9 @@
 """load(): a model from disk, compressed or not, with packed weights packed in memory."""
 
+import functools
+import inspect
 import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import torch
 from quantkit_kernels.backends import BACKENDS
 from torch import nn
 
+from quantkit import attention as attentions
 from quantkit import formats, modules
 from quantkit.checkpoint import Hub, auto_class, build_skeleton, read_config, refuse_untrusted, resolve
 from quantkit.devices import pick_device
@@ -30,6 +34,7 @@ def load(
     backend: str = "auto",
     *,
     keep_decoded: bool = False,
+    attention: str = "auto",
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
@@ -47,6 +52,9 @@ def load(
         backend: `auto`, `torch` or `triton`: which implementation of the ops to use.
         keep_decoded: on a CPU, keep weights that would be decoded at every call as they are decoded: faster with few
             tokens, for 2 bytes a weight more in bfloat16 and 4 in float32 (see `QuantizedLinear`).
+        attention: `auto` runs what transformers calls `sdpa` by quantkit's function on a CPU, faster and different by
+            rounding (see `quantkit.attention`), where the model's code doesn't ask for that name; its config then
+            says `quantkit`. `transformers` leaves all attention as transformers chose it.
         revision: branch, tag or commit on the hub.
         token: access token for the hub.
         cache_dir: the hub's cache.
@@ -54,7 +62,7 @@ def load(
 
     Raises:
         CheckpointError: the files are missing, damaged, or compressed in a way that quantkit doesn't read.
-        QuantkitError: the device, dtype or backend is unknown.
+        QuantkitError: the device, dtype, backend or attention is unknown.
     """
     from transformers import AutoConfig
 
@@ -65,6 +73,8 @@ def load(
         raise QuantkitError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if dtype is not None and dtype not in (*DTYPES, *DTYPES.values()):
         raise QuantkitError(f"dtype {dtype!r} is none that a model can run in; use one of {', '.join(DTYPES)}")
+    if attention not in attentions.CHOICES:
+        raise QuantkitError(f"attention {attention!r} is unknown; use one of {', '.join(attentions.CHOICES)}")
     hub = Hub(revision, token, cache_dir, trust_remote_code)
     folder = resolve(path, hub)
     said = read_config(folder)
@@ -98,8 +108,50 @@ def load(
     _refuse_unexpected(model, info.get("unexpected_keys") or (), str(path))
     if keep_decoded and (place.type != "cpu" or not modules.keep_decoded(model)):
         log.warning("keep_decoded is unused: no layer of %s decodes its weight on a CPU", path)
+    if attention == "auto" and place.type == "cpu":
+        _take_attention(model)
     model.eval()
     return model
+
+
+def _take_attention(model: nn.Module) -> None:
+    """Let quantkit's function compute what is `sdpa` in the model, unless its code asks for that name.
+
+    A part of the model whose attention doesn't come from transformers' registry, or isn't `sdpa`, stays as it is.
+    """
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.masking_utils import AttentionMaskInterface
+
+    if any(_names_sdpa(name) for name in _sources(model, PreTrainedModel.__mro__)):
+        return
+    configs: dict[int, list[Any]] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            configs.setdefault(id(module.config), []).append(module)
+    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    for parts in configs.values():
+        config = parts[0].config
+        if config._attn_implementation == "sdpa" and all(part._can_set_attn_implementation() for part in parts):
+            if attentions.NAME not in functions.valid_keys():
+                AttentionInterface.register(attentions.NAME, attentions.on_a_cpu(functions["sdpa"]))
+                AttentionMaskInterface.register(attentions.NAME, masks["sdpa"])
+            config._attn_implementation_internal = attentions.NAME
+
+
+def _sources(model: nn.Module, left_out: tuple[type, ...]) -> set[str]:
+    """The names of the Python modules that the classes of the model's modules are in, but for those left out."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+    names = {kind.__module__ for kind in kinds.difference(left_out)}
+    return {name for name in names if not name.startswith(("torch.", "quantkit."))}
+
+
+@functools.cache
+def _names_sdpa(module: str) -> bool:
+    """Whether a Python module's code asks for that name, or can't be read."""
+    try:
+        return attentions.names_sdpa(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return True
 
 
 def _remedy(unexpected: Iterable[str]) -> str:

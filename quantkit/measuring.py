@@ -52,6 +52,7 @@ class Task:
         seed: seed of the prompts' tokens.
         threads: threads of a product on a CPU, or None for torch's own choice.
         trust_remote_code: let the model's folder run its own Python code.
+        attention: `auto` or `transformers`, as `load` takes it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task:
     seed: int
     threads: int | None
     trust_remote_code: bool
+    attention: str = "auto"
 
 
 class Subject:
@@ -331,6 +333,7 @@ def _loaded(task: Task) -> Subject:
             dtype=task.dtype,
             backend=task.backend,
             keep_decoded=task.keep_decoded,
+            attention=task.attention,
             trust_remote_code=task.trust_remote_code,
         )
     return Subject(model, task)

@@ -31,11 +31,12 @@ def quantize_linear(
     """
     return quantize_weight(
         weight,
-        getattr(torch, scheme.weight_dtype),
+        getattr(torch, scheme.code_dtype),
         scheme.group_size,
         scheme.weight_range,
         scheme.weight_granularity,
         scale_dtype=torch.float32 if scheme.threshold is not None else dtype,
+        bits=scheme.bits,
     )
 
 
@@ -127,6 +128,11 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @property
+    def _words(self) -> str:
+        """The name of the buffer that holds packed codes."""
+        return "weight_packed" if "weight_packed" in self.stored else "weight"
+
+    @property
     def _layout(self) -> ModuleType:
         """The format's module, looked up by name: a copy of the layer can hold a name, but no module."""
         return FORMATS[self.format]
@@ -140,7 +146,7 @@ class QuantizedLinear(nn.Module):
                 given = self.get_buffer("input_scale") if scheme.is_static else None
                 return decoded.linear(op, x, found.weight, found.code_dtype, found.scale, given, bias)
         if op == "linear_weight_only_packed":
-            packed, scale = self.get_buffer("weight_packed"), self._by_row(self.get_buffer("weight_scale"))
+            packed, scale = self.get_buffer(self._words), self._by_row(self.get_buffer("weight_scale"))
             return ops.linear_weight_only_packed(x, packed, scale, bias, scheme.bits, backend)
         codes, scale = self.codes_and_scale()
         if op == "linear_tensor":
@@ -208,7 +214,7 @@ class QuantizedLinear(nn.Module):
     def backend_in_use(self) -> str:
         """What the layer's product runs on where its tensors are: `triton`, `cpu` or `torch`."""
         packed = self._layout.is_packed(self.scheme)
-        codes = self.get_buffer("weight_packed") if packed else self.codes_and_scale()[0]
+        codes = self.get_buffer(self._words) if packed else self.codes_and_scale()[0]
         return ops.select_backend(self.op, codes.dtype, codes.device, self.backend)
 
     def codes_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from quantkit.errors import RecipeError
 
 WEIGHT_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 FOUR_BITS = ("int4", "uint4")
-"""Dtypes of weights that others write and quantkit only reads; `uint4` is what has zero points."""
+"""Dtypes of weights in 4 bits; `uint4` is what has zero points, and is read and not written."""
 WEIGHT_RANGES = ("absmax", "mse")
 WEIGHT_GRANULARITIES = ("row", "tensor", "block")
 ACTIVATIONS = ("token", "tensor", "tensor-static", "group")
@@ -27,8 +27,8 @@ class Scheme:
     """What the numbers of one linear layer look like.
 
     Attributes:
-        weight_dtype: torch's name of the stored codes: `int8`, `float8_e4m3fn` or `float8_e5m2`; and of checkpoints
-            that others wrote `int4`, or `uint4` for 4 bits with a zero point beside every scale.
+        weight_dtype: torch's name of the stored codes: `int8`, `float8_e4m3fn` or `float8_e5m2`; or `int4`
+            for 4 bits, and of checkpoints that others wrote `uint4`, with a zero point beside every scale.
         group_size: None for the scales of `weight_granularity`, else one for each run of this many weights along K
             (scale [N, K / group_size]).
         activation_dtype: None when only weights are quantized, else the dtype that activations are quantized to.
@@ -133,6 +133,11 @@ class Scheme:
     def bits(self) -> int:
         """Bits of one stored code."""
         return 4 if self.weight_dtype in FOUR_BITS else 8
+
+    @property
+    def code_dtype(self) -> str:
+        """The torch dtype, by name, that a code lies in where it isn't packed: int8 also for 4 bits."""
+        return "int8" if self.weight_dtype in FOUR_BITS else self.weight_dtype
 
     @property
     def is_static(self) -> bool:

@@ -101,6 +101,11 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         codes, scale = formats.quantize_weight(weight, torch.int8)
         return formats.pack_int32(codes, 8), scale, codes
 
+    def groups_of_4_bits(weight: Tensor) -> tuple[Tensor, ...]:
+        codes, scale = formats.quantize_weight(weight, torch.int8, 128, bits=4)
+        kept = decoded.decode_weight("linear_weight_only_packed", codes, scale, dtype)
+        return formats.pack_int32(codes, 4), scale, codes, kept
+
     def keep(op: str, name: str, granularity: str = "row") -> Callable[[Tensor], tuple[Tensor, ...]]:
         def prepare(weight: Tensor) -> tuple[Tensor, ...]:
             codes, scale = formats.quantize_weight(weight, code[name], granularity=granularity)
@@ -163,6 +168,16 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         "int8 weights, packed": Case(
             packed,
             lambda x, w: ops.linear_weight_only_packed(x, w[0], w[1], None, 8),
+            lambda x, w: (x.double(), rows((w[2], w[1])), x.shape[1] + 1, -3),
+        ),
+        "int4 weights, packed": Case(
+            groups_of_4_bits,
+            lambda x, w: ops.linear_weight_only_packed(x, w[0], w[1], None, 4),
+            lambda x, w: (x.double(), rows((w[2], w[1])), x.shape[1] + 1, -3),
+        ),
+        "int4 weights, kept": Case(
+            groups_of_4_bits,
+            lambda x, w: decoded.linear("linear_weight_only_packed", x, w[3], torch.int8, w[1], None, None),
             lambda x, w: (x.double(), rows((w[2], w[1])), x.shape[1] + 1, -3),
         ),
         "int8 weights, kept": Case(

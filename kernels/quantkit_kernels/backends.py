@@ -1,8 +1,8 @@
 """Which implementation an op runs: chosen by argument, never by environment, never in silence.
 
 "auto" takes a Triton kernel where there is one for the op and dtype, Triton is installed and the tensors are on a
-CUDA device; else torch. "torch" means torch code: the CPU's own where there is one, the generic one elsewhere.
-"triton" is an order: where it cannot be obeyed it raises and says why.
+CUDA device that can run it; else torch. "torch" means torch code: the CPU's own where there is one, the generic one
+elsewhere. "triton" is an order: where it cannot be obeyed it raises and says why.
 """
 
 import functools
@@ -10,15 +10,33 @@ import importlib.util
 
 import torch
 
+from quantkit_kernels.configurations import architecture
 from quantkit_kernels.errors import KernelError
 
 BACKENDS = ("auto", "torch", "triton")
 
+_QUANTIZED = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2})
+
 TRITON_KERNELS: dict[str, frozenset[torch.dtype]] = {
-    "scaled_mm": frozenset({torch.int8}),
-    "linear_dynamic": frozenset({torch.int8}),
+    "quantize_per_token": _QUANTIZED,
+    "quantize_per_tensor": _QUANTIZED,
+    "quantize_per_group": _QUANTIZED,
+    "rms_norm_quantize": _QUANTIZED,
+    "silu_mul_quantize": _QUANTIZED,
+    "linear_llm_int8": frozenset({torch.int8}),
+    "linear_grouped": _QUANTIZED,
+    "scaled_mm": _QUANTIZED,
+    "linear_dynamic": _QUANTIZED,
+    "linear_tensor": _QUANTIZED,
+    "linear_block": _QUANTIZED - {torch.int8},
+    "linear_weight_only": _QUANTIZED,
+    "linear_weight_only_packed": frozenset({torch.int32}),
+    "dequantize": _QUANTIZED,
 }
-"""For each op the quantized dtypes that a Triton kernel exists for. linear_dynamic uses scaled_mm's."""
+"""For each op the quantized dtypes that a Triton kernel exists for."""
+
+FP8_PRODUCTS = frozenset({"scaled_mm", "linear_dynamic", "linear_tensor", "linear_block"})
+"""Ops whose Triton kernels multiply fp8 codes by fp8 codes, which needs tensor cores of sm_89 or later."""
 
 CPU_PATHS = frozenset(
     {
@@ -26,6 +44,7 @@ CPU_PATHS = frozenset(
         "linear_dynamic",
         "linear_tensor",
         "linear_block",
+        "linear_grouped",
         "linear_llm_int8",
         "linear_weight_only",
         "linear_weight_only_packed",
@@ -52,7 +71,8 @@ def select_backend(op: str, dtype: torch.dtype, device: torch.device, backend: s
     if backend == "triton":
         _require_triton(op, dtype, device, has_kernel)
         return "triton"
-    if backend == "auto" and has_kernel and device.type == "cuda" and triton_installed():
+    on_gpu = has_kernel and device.type == "cuda" and triton_installed()
+    if backend == "auto" and on_gpu and architecture(device) >= _least_architecture(op, dtype):
         return "triton"
     return "cpu" if device.type == "cpu" and op in CPU_PATHS else "torch"
 
@@ -77,6 +97,17 @@ def _require_triton(op: str, dtype: torch.dtype, device: torch.device, has_kerne
             f"backend 'triton' cannot run {op} on device {device}: expected tensors on a CUDA device "
             "(on the CPU Triton runs only in its interpreter): use backend 'auto' or 'torch'"
         )
+    found, least = architecture(device), _least_architecture(op, dtype)
+    if found < least:
+        raise KernelError(
+            f"backend 'triton' cannot run {op} with {dtype} on sm_{found}: expected sm_{least} or later, "
+            "use backend 'auto' or 'torch'"
+        )
+
+
+def _least_architecture(op: str, dtype: torch.dtype) -> int:
+    """Return the first architecture that runs the op's Triton kernel: sm_80 is the first that Triton compiles for."""
+    return 89 if op in FP8_PRODUCTS and dtype.is_floating_point else 80
 
 
 def _interpreting() -> bool:

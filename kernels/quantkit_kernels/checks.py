@@ -4,6 +4,8 @@ One function an op, with the op's arguments but for the backend. They look at sh
 at numbers, so that they hold for fake tensors and make no device wait.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,58 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype) -> None:
     """Raise KernelError unless `ops.quantize_per_token` can run."""
     if x.ndim != 2 or x.dtype not in formats.FLOAT_DTYPES:
         raise KernelError(f"x is {_shape(x)}: expected [M, K] in float32, bfloat16 or float16")
-    if dtype not in formats.QMAX:
-        raise KernelError(f"cannot quantize to {dtype}: expected int8, float8_e4m3fn or float8_e5m2")
+    _check_codes(dtype)
+
+
+def quantize_per_tensor(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> None:
+    """Raise KernelError unless `ops.quantize_per_tensor` can run."""
+    if x.dtype not in formats.FLOAT_DTYPES:
+        raise KernelError(f"x is {_shape(x)}: expected float32, bfloat16 or float16")
+    _check_codes(dtype)
+    if scale is not None:
+        if not scale.is_floating_point() or scale.shape != (1,):
+            raise KernelError(f"scale is {_shape(scale)}: expected float [1], or None")
+        _check_devices(x, scale)
+
+
+def quantize_per_group(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise KernelError unless `ops.quantize_per_group` can run."""
+    quantize_per_token(x, dtype)
+    if x.shape[1] % formats.BLOCK:
+        raise KernelError(f"K is {x.shape[1]}: groups need a multiple of {formats.BLOCK} in features")
+
+
+def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float, offset: float, dtype: torch.dtype) -> None:
+    """Raise KernelError unless `ops.rms_norm_quantize` can run."""
+    quantize_per_token(x, dtype)
+    if not gain.is_floating_point() or gain.shape != x.shape[1:]:
+        raise KernelError(f"gain is {_shape(gain)}: expected float [{x.shape[1]}]")
+    if not 0 <= eps < math.inf:  # NaN neither
+        raise KernelError(f"eps is {eps}: expected a number from 0, such as 1e-6")
+    if not math.isfinite(offset):
+        raise KernelError(f"offset is {offset}: expected 0, or 1 where the gain is stored as its difference from 1")
+    _check_devices(x, gain)
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype) -> None:
+    """Raise KernelError unless `ops.silu_mul_quantize` can run."""
+    quantize_per_token(gate, dtype)
+    if up.dtype != gate.dtype or up.shape != gate.shape:
+        raise KernelError(f"gate is {_shape(gate)} and up {_shape(up)}: expected the same dtype and shape")
+    _check_devices(gate, up)
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """Raise KernelError unless `ops.dequantize` can run."""
+    if codes.ndim != 2 or codes.dtype not in formats.QMAX:
+        raise KernelError(f"codes are {_shape(codes)}: expected [N, K] in int8, float8_e4m3fn or float8_e5m2")
+    if dtype not in formats.FLOAT_DTYPES:
+        raise KernelError(f"dtype is {dtype}: expected float32, bfloat16 or float16")
+    if scale.shape == (1,):
+        _check_scale(scale, (1,))
+    else:
+        _check_groups(scale, *codes.shape)
+    _check_devices(codes, scale)
 
 
 def scaled_mm(
@@ -81,6 +133,23 @@ def linear_llm_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tenso
     _check_int32_sum(weight)
 
 
+def linear_grouped(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, activations: str) -> None:
+    """Raise KernelError unless `ops.linear_grouped` can run; what the offsets are is not looked at."""
+    if activations not in ("none", "token"):
+        raise KernelError(f"activations is {activations!r}: expected 'none' or 'token'")
+    if weight.ndim != 3 or weight.dtype not in formats.QMAX or weight.shape[0] == 0:
+        raise KernelError(f"weight is {_shape(weight)}: expected [E, N, K] in int8, float8_e4m3fn or float8_e5m2")
+    if x.ndim != 2:
+        raise KernelError(f"x is {_shape(x)}: expected [M, K], tokens sorted by expert")
+    _check_x(x, weight.shape[2])
+    _check_scale(weight_scale, (*weight.shape[:2], 1))
+    if offsets.dtype != torch.int32 or offsets.shape != (weight.shape[0] + 1,):
+        raise KernelError(f"offsets is {_shape(offsets)}: expected torch.int32 [{weight.shape[0] + 1}]")
+    if activations == "token":
+        _check_int32_sum(weight)
+    _check_devices(x, weight, weight_scale, offsets)
+
+
 def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     """Raise KernelError unless `ops.linear_weight_only` can run."""
     _check_linear(x, weight, weight_scale, bias)
@@ -110,6 +179,11 @@ def linear_weight_only_packed(
 def _shape(tensor: Tensor) -> str:
     """Return dtype and shape for a message."""
     return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _check_codes(dtype: torch.dtype) -> None:
+    if dtype not in formats.QMAX:
+        raise KernelError(f"cannot quantize to {dtype}: expected int8, float8_e4m3fn or float8_e5m2")
 
 
 def _check_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:

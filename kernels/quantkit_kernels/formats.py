@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.packing import pack_int32, packed_words, unpack_int32
+from quantkit_kernels.ranges import least_squares_scale
 
 __all__ = [
     "BLOCK",
@@ -41,6 +42,9 @@ QMAX: dict[torch.dtype, float] = {
 }
 """Largest code of each quantized dtype. Int8 leaves -128 out, so that codes are symmetric."""
 
+INT4 = (-8, 7)
+"""Smallest and largest code of 4 bits. They lie in int8 until they are packed."""
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights, activations and scales."""
 
@@ -63,6 +67,7 @@ def quantize_weight(
     weight_range: str = "absmax",
     granularity: str = "row",
     scale_dtype: torch.dtype | None = None,
+    bits: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """Return the codes [..., N, K] in `dtype`, contiguous, and their scales in `scale_dtype` (the weight's dtype).
 
@@ -77,7 +82,8 @@ def quantize_weight(
 
     Error, int8 with "absmax": |weight - code * scale| <= scale / 2 * (1 + 2**-16), because a scale rounded
     down by u leaves |weight| / scale <= 127 / (1 - 2**-8) < 127.5; `dequantize` adds one rounding of the
-    product.
+    product. With 4 bits codes are -8 to 7, and absmax's scale is absmax / 7, with the same bound: only "mse"
+    uses -8.
 
     Beyond codes and scales it takes memory for a few million elements only, whatever the weight's size and
     strides.
@@ -93,12 +99,14 @@ def quantize_weight(
         granularity: "row", "tensor" or "block".
         scale_dtype: float32, bfloat16 or float16: what the scale is rounded to before codes are made with it; by
             default the weight's dtype.
+        bits: 8; or 4, with int8 for `dtype` and granularity "row".
 
     Raises:
-        ValueError: a dtype, group size, range or granularity that is not offered, or a weight with NaN or
-            infinity.
+        ValueError: a dtype, group size, range, granularity or number of bits that is not offered, or a weight with NaN
+            or infinity.
     """
     _check_weight(weight, dtype, group_size, weight_range, granularity)
+    _check_bits(bits, dtype, granularity)
     codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     shape = _scale_shape(weight, group_size, granularity)
     scale = torch.ones(shape, dtype=scale_dtype or weight.dtype, device=weight.device)
@@ -109,7 +117,7 @@ def quantize_weight(
     elif granularity == "block":
         _quantize_blocks(weight, codes, scale, weight_range)
     else:
-        _quantize_rows(weight, codes, scale, weight_range)
+        _quantize_rows(weight, codes, scale, weight_range, bits)
     return codes, scale
 
 
@@ -273,13 +281,13 @@ def _parts(weight: Tensor) -> Iterator[tuple[int | slice, ...]]:
             yield (*index, slice(start, start + step))
 
 
-def _quantize_rows(weight: Tensor, codes: Tensor, scale: Tensor, weight_range: str) -> None:
+def _quantize_rows(weight: Tensor, codes: Tensor, scale: Tensor, weight_range: str, bits: int = 8) -> None:
     """Write codes [..., N, K] and scale [..., N, G] of a weight [..., N, K]."""
     in_features, groups = weight.shape[-1], scale.shape[-1]
     for part in _parts(weight):
         rows = weight[part].reshape(-1, in_features // groups)
-        row_scale = _row_scale(rows, codes.dtype, weight_range, scale.dtype)
-        codes[part] = _encode(rows.float(), row_scale.float(), codes.dtype).view(-1, in_features)
+        row_scale = _row_scale(rows, codes.dtype, weight_range, scale.dtype, bits)
+        codes[part] = _encode(rows.float(), row_scale.float(), codes.dtype, bits).view(-1, in_features)
         scale[part] = row_scale.view(-1, groups)
 
 
@@ -325,17 +333,19 @@ def _scale_shape(weight: Tensor, group_size: int | None, granularity: str) -> tu
     return (*lead, 1 if group_size is None else in_features // group_size)
 
 
-def _row_scale(rows: Tensor, dtype: torch.dtype, weight_range: str, scale_dtype: torch.dtype) -> Tensor:
+def _row_scale(rows: Tensor, dtype: torch.dtype, weight_range: str, scale_dtype: torch.dtype, bits: int = 8) -> Tensor:
     """Return the scale of each row, [R, 1] in `scale_dtype`, of rows [R, L]."""
-    scale = _absmax_scale(rows, dtype, scale_dtype)
-    return _mse_scale(rows, scale, dtype) if weight_range == "mse" else scale
+    scale = _absmax_scale(rows, dtype, scale_dtype, bits)
+    if weight_range == "absmax":
+        return scale
+    return _mse_scale(rows, scale, dtype) if bits == 8 else _mse_scale_int4(rows, scale)
 
 
-def _absmax_scale(rows: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype | None = None) -> Tensor:
+def _absmax_scale(rows: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype | None = None, bits: int = 8) -> Tensor:
     """Return absmax / qmax of each row, [R, 1] in `scale_dtype` (the rows'): 1 for zeros, never a subnormal."""
     if rows.shape[1] == 0:
         return rows.new_ones((rows.shape[0], 1), dtype=scale_dtype)
-    return _scale_of(rows.abs().amax(dim=1, keepdim=True), dtype, scale_dtype or rows.dtype)
+    return _scale_of(rows.abs().amax(dim=1, keepdim=True), dtype, scale_dtype or rows.dtype, bits)
 
 
 def _absmax(tensor: Tensor) -> Tensor:
@@ -352,9 +362,9 @@ def _weight_absmax(weight: Tensor) -> Tensor:
     return largest
 
 
-def _scale_of(absmax: Tensor, dtype: torch.dtype, float_dtype: torch.dtype) -> Tensor:
+def _scale_of(absmax: Tensor, dtype: torch.dtype, float_dtype: torch.dtype, bits: int = 8) -> Tensor:
     """Return absmax / qmax, divided in float32, in `float_dtype`: 1 for zeros, never a subnormal."""
-    scale = (absmax.float() / QMAX[dtype]).to(float_dtype).clamp_(min=torch.finfo(float_dtype).tiny)
+    scale = (absmax.float() / _limits(dtype, bits)[1]).to(float_dtype).clamp_(min=torch.finfo(float_dtype).tiny)
     return scale.masked_fill_(absmax == 0, 1.0)
 
 
@@ -369,9 +379,14 @@ def _round(quotients: Tensor, dtype: torch.dtype) -> Tensor:
     return quotients.round_().to(dtype) if dtype == torch.int8 else quotients.to(dtype)
 
 
-def _encode(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the codes of float32 values for float32 scales that fit their shape: saturated at +-qmax."""
-    return _round((rows / scale).clamp_(-QMAX[dtype], QMAX[dtype]), dtype)
+def _limits(dtype: torch.dtype, bits: int = 8) -> tuple[float, float]:
+    """Return the smallest and the largest code."""
+    return (-QMAX[dtype], QMAX[dtype]) if bits == 8 else INT4
+
+
+def _encode(rows: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = 8) -> Tensor:
+    """Return the codes of float32 values for float32 scales that fit their shape: saturated."""
+    return _round((rows / scale).clamp_(*_limits(dtype, bits)), dtype)
 
 
 def _mse_candidates(absmax_scale: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -403,9 +418,19 @@ def _mse_scale(rows: Tensor, absmax_scale: Tensor, dtype: torch.dtype) -> Tensor
     return best_scale
 
 
-def _squared_error(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _mse_scale_int4(rows: Tensor, absmax_scale: Tensor) -> Tensor:
+    """Return the scales [R, 1] that `ranges` finds for 4 bits, or absmax's where they are no better.
+
+    The search leaves out that a decoded weight is rounded to the scale's dtype; the last word is said with it.
+    """
+    found, values = least_squares_scale(rows, absmax_scale, *INT4), rows.float()
+    new, old = (_squared_error(values, scale, torch.int8, 4) for scale in (found, absmax_scale))
+    return torch.where(new < old, found, absmax_scale)
+
+
+def _squared_error(rows: Tensor, scale: Tensor, dtype: torch.dtype, bits: int = 8) -> Tensor:
     """Return the squared error [R, 1], in float64, of float32 rows after quantizing with scales [R, 1]."""
-    difference = dequantize(_encode(rows, scale.float(), dtype), scale).float().sub_(rows)
+    difference = dequantize(_encode(rows, scale.float(), dtype, bits), scale).float().sub_(rows)
     return difference.square_().sum(dim=1, keepdim=True, dtype=torch.float64)
 
 
@@ -431,6 +456,12 @@ def _check_weight(
         raise ValueError(f"weight is {list(weight.shape)}: granularity {granularity!r} expects [N, K]")
     if weight.numel() and not bool(torch.isfinite(_weight_absmax(weight))):
         raise ValueError("the weight holds NaN or infinity: it cannot be quantized")
+
+
+def _check_bits(bits: int, dtype: torch.dtype, granularity: str) -> None:
+    """Raise ValueError unless codes of that many bits can be made."""
+    if bits not in (4, 8) or (bits == 4 and (dtype, granularity) != (torch.int8, "row")):
+        raise ValueError(f"{bits} bits in {dtype} by {granularity}: expected 8, or 4 in torch.int8 by row")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ everywhere and the one epilogue. M tokens, K in features, N out features.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import formats
+from quantkit_kernels.errors import KernelError
 
 ScaledProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 """What `scaled_mm` is: (a, b, a_scale, b_scale, bias, out_dtype) -> [M, N]."""
@@ -134,6 +136,47 @@ def linear_llm_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tenso
     if bias is not None:
         out += bias.to(torch.float32)
     return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_grouped(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    offsets: Tensor,
+    activations: str,
+    linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = linear_dynamic,
+) -> Tensor:
+    """Return each token's output [M, N] in x's dtype, one expert after the other, activations "token" by `linear`.
+
+    Raises:
+        KernelError: for offsets that do not ascend from 0 to M.
+    """
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != x.shape[0] or bounds != sorted(bounds):
+        raise KernelError(f"offsets are {bounds}: expected numbers that ascend from 0 to the {x.shape[0]} tokens")
+    out = x.new_empty((x.shape[0], weight.shape[1]))
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        part, codes, scale = x[start:stop], weight[expert], weight_scale[expert]
+        if start == stop:
+            continue
+        if activations == "token":
+            out[start:stop] = linear(part, codes, scale, None)
+        else:
+            out[start:stop] = (part.float() @ formats.decode(codes, torch.float32).t()).mul_(scale.float().view(1, -1))
+    return out
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float) -> Tensor:
+    """Return x / sqrt(mean(x**2) + eps) * (gain + offset), [M, K] in float32: each operation rounded once."""
+    values = x.float()
+    mean = values.square().mean(dim=1, keepdim=True).add_(eps)
+    unit = mean.double().sqrt_().float().reciprocal_()  # torch's float32 root may be off in its last bit on a CPU
+    return (values * unit).mul_(gain.float() + offset)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Return SiLU(gate) * up, [M, K] in float32."""
+    return torch.nn.functional.silu(gate.float()).mul_(up.float())
 
 
 @functools.lru_cache(maxsize=64)

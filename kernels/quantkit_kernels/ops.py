@@ -2,14 +2,17 @@
 
 | op | generic.py (any device) | cpu.py | Triton (CUDA) |
 | --- | --- | --- | --- |
-| quantize_per_token | formats.quantize_per_token | - | - |
-| scaled_mm | int8 exact in float32; fp8 decoded | int8: `torch._int_mm`; fp8 in parts | int8: int8_scaled_mm.py |
-| linear_dynamic | the two above | cpu.py's product; one token in fewer calls | int8: the two above |
-| linear_tensor | formats.quantize_per_tensor, then scaled_mm's product | likewise | - |
-| linear_block | 128 columns at a time, decoded | some rows at a time | - |
-| linear_llm_int8 | outlier columns masked: no waiting for the device | outlier columns gathered | - |
-| linear_weight_only | decode, then F.linear | `torch._weight_int8pack_mm`, or in parts | - |
-| linear_weight_only_packed | unpack, decode, then F.linear | likewise | - |
+| quantize_per_token, _per_tensor, _per_group | formats | - | gpu/quantization.py |
+| rms_norm_quantize, silu_mul_quantize | float32, then formats | - | gpu/quantization.py |
+| dequantize | formats | - | gpu/dequantize.py |
+| scaled_mm | int8 exact in float32; fp8 decoded | int8: `torch._int_mm`; fp8 in parts | gpu/{int8,fp8}_scaled_mm.py |
+| linear_dynamic | the two above | cpu.py's product; one token in fewer calls | the two above |
+| linear_tensor | formats.quantize_per_tensor, then scaled_mm's product | likewise | likewise |
+| linear_block | 128 columns at a time, decoded | some rows at a time | gpu/block_scaled_mm.py |
+| linear_llm_int8 | outlier columns masked: no waiting for the device | outlier columns gathered | gpu/llm_int8.py |
+| linear_grouped | expert by expert | likewise | gpu/grouped.py |
+| linear_weight_only | decode, then F.linear | `torch._weight_int8pack_mm`, or in parts | gpu/weight_only.py |
+| linear_weight_only_packed | unpack, decode, then F.linear | likewise | gpu/weight_only.py |
 
 M tokens, K in features, N out features, G scales a row. Quantized weights are [N, K] with codes of int8 or
 fp8, or packed into int32 words along K. Tensors may have any strides: a weight that is stored [K, N] is passed
@@ -21,40 +24,45 @@ a gradient: backward raises.
 the oracle of the tests.
 """
 
-import functools
-import inspect
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from quantkit_kernels import checks, cpu, cpu_decoding, formats, generic
+from quantkit_kernels import checks, cpu, cpu_decoding, generic
 from quantkit_kernels.backends import select_backend
 from quantkit_kernels.dispatch import is_plain_call
 from quantkit_kernels.errors import KernelError
+from quantkit_kernels.ops_grouped import linear_grouped
+from quantkit_kernels.ops_quantization import (
+    dequantize,
+    quantize_per_group,
+    quantize_per_tensor,
+    quantize_per_token,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
+from quantkit_kernels.registration import linear_fake, register
 
 __all__ = [
     "KernelError",
+    "dequantize",
     "linear_block",
     "linear_dynamic",
+    "linear_grouped",
     "linear_llm_int8",
     "linear_tensor",
     "linear_weight_only",
     "linear_weight_only_packed",
+    "quantize_per_group",
+    "quantize_per_tensor",
     "quantize_per_token",
+    "rms_norm_quantize",
     "scaled_mm",
     "select_backend",
+    "silu_mul_quantize",
 ]
-
-
-def quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return codes [M, K] in `dtype` and scales [M, 1] in float32 of x [M, K]: `formats.quantize_per_token`.
-
-    Raises:
-        KernelError: unless x is [M, K] in float32, bfloat16 or float16 and dtype is int8 or fp8.
-    """
-    return cast("tuple[Tensor, Tensor]", torch.ops.quantkit.quantize_per_token(x, dtype))
 
 
 def scaled_mm(
@@ -69,7 +77,8 @@ def scaled_mm(
     """Return (a @ b.T) * a_scale * b_scale.T + bias, [M, N] in `out_dtype`.
 
     Int8: the product is exact, and all backends give the same bits. Fp8: accumulated in float32, error
-    <= K * 2**-24 * (|a| @ |b|.T) before the scales. Then `generic.epilogue`.
+    <= K * 2**-24 * (|a| @ |b|.T) before the scales (sm_90 takes part of it with
+    fewer bits: `gpu/fp8_scaled_mm.py`). Then `generic.epilogue`.
 
     Args:
         a: [M, K], int8 or fp8; any strides, M may be 0.
@@ -197,7 +206,8 @@ def linear_weight_only(
     """Return the linear layer's output [..., N] in x's dtype, the weight being decoded to x's dtype first.
 
     F.linear(x, formats.dequantize(weight, weight_scale).to(x.dtype), bias): the decoding and the cast round
-    once each.
+    once each. The Triton kernel spares the weight these roundings where it can (`gpu/weight_only.py` says when): its
+    result is nearer to the exact one, and by up to them away from this.
 
     Args:
         x: [..., K], float32, bfloat16 or float16; any strides and leading dimensions.
@@ -245,7 +255,6 @@ def linear_weight_only_packed(
 
 _LINEAR_SCHEMA = "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str backend='auto') -> Tensor"
 _SCHEMAS = {
-    "quantize_per_token": "(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     "scaled_mm": "(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType out_dtype, "
     "str backend='auto') -> Tensor",
     "linear_dynamic": _LINEAR_SCHEMA,
@@ -258,16 +267,6 @@ _SCHEMAS = {
     "linear_weight_only_packed": "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, "
     "int bits, str backend='auto') -> Tensor",
 }
-
-
-def _quantize_per_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    checks.quantize_per_token(x, dtype)
-    return formats.quantize_per_token(x, dtype)
-
-
-def _quantize_per_token_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    checks.quantize_per_token(x, dtype)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
 def _scaled_mm(
@@ -300,9 +299,9 @@ def _scaled_mm_fake(
 def _scaled_product(way: str) -> generic.ScaledProduct:
     """Return the scaled product of the way that `select_backend` named."""
     if way == "triton":
-        from quantkit_kernels import int8_scaled_mm
+        from quantkit_kernels.gpu import linears
 
-        return int8_scaled_mm.scaled_mm
+        return linears.scaled_mm
     return cpu.scaled_mm if way == "cpu" else generic.scaled_mm
 
 
@@ -311,9 +310,12 @@ def _linear_dynamic(
 ) -> Tensor:
     checks.linear_dynamic(x, weight, weight_scale, bias)
     way = select_backend("linear_dynamic", weight.dtype, x.device, backend)
-    if way == "cpu":
-        return cpu.linear_dynamic(x, weight, weight_scale, bias)
-    return generic.linear_dynamic(x, weight, weight_scale, bias, _scaled_product(way))
+    if way == "triton":
+        from quantkit_kernels.gpu import linears
+
+        return linears.linear_dynamic(x, weight, weight_scale, bias)
+    implementation = cpu.linear_dynamic if way == "cpu" else generic.linear_dynamic
+    return implementation(x, weight, weight_scale, bias)
 
 
 def _linear_tensor(
@@ -326,6 +328,10 @@ def _linear_tensor(
 ) -> Tensor:
     checks.linear_tensor(x, weight, weight_scale, input_scale, bias)
     way = select_backend("linear_tensor", weight.dtype, x.device, backend)
+    if way == "triton":
+        from quantkit_kernels.gpu import linears
+
+        return linears.linear_tensor(x, weight, weight_scale, input_scale, bias)
     implementation = cpu.linear_tensor if way == "cpu" else generic.linear_tensor
     return implementation(x, weight, weight_scale, input_scale, bias)
 
@@ -335,6 +341,10 @@ def _linear_block(
 ) -> Tensor:
     checks.linear_block(x, weight, weight_scale, bias)
     way = select_backend("linear_block", weight.dtype, x.device, backend)
+    if way == "triton":
+        from quantkit_kernels.gpu import linears
+
+        return linears.linear_block(x, weight, weight_scale, bias)
     implementation = cpu_decoding.linear_block if way == "cpu" else generic.linear_block
     return implementation(x, weight, weight_scale, bias)
 
@@ -349,6 +359,10 @@ def _linear_llm_int8(
 ) -> Tensor:
     checks.linear_llm_int8(x, weight, weight_scale, bias, threshold)
     way = select_backend("linear_llm_int8", weight.dtype, x.device, backend)
+    if way == "triton":
+        from quantkit_kernels.gpu import llm_int8
+
+        return llm_int8.linear_llm_int8(x, weight, weight_scale, bias, threshold)
     implementation = cpu.linear_llm_int8 if way == "cpu" else generic.linear_llm_int8
     return implementation(x, weight, weight_scale, bias, threshold)
 
@@ -358,6 +372,10 @@ def _linear_weight_only(
 ) -> Tensor:
     checks.linear_weight_only(x, weight, weight_scale, bias)
     way = select_backend("linear_weight_only", weight.dtype, x.device, backend)
+    if way == "triton":
+        from quantkit_kernels.gpu import weight_only
+
+        return weight_only.linear_weight_only(x, weight, weight_scale, bias)
     implementation = cpu_decoding.linear_weight_only if way == "cpu" else generic.linear_weight_only
     return implementation(x, weight, weight_scale, bias).contiguous()
 
@@ -372,47 +390,27 @@ def _linear_weight_only_packed(
 ) -> Tensor:
     checks.linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits)
     way = select_backend("linear_weight_only_packed", weight_packed.dtype, x.device, backend)
+    if way == "triton":
+        from quantkit_kernels.gpu import weight_only
+
+        return weight_only.linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits)
     implementation = cpu_decoding.linear_weight_only_packed if way == "cpu" else generic.linear_weight_only_packed
     return implementation(x, weight_packed, weight_scale, bias, bits).contiguous()
-
-
-def _linear_fake(name: str) -> Callable[..., Tensor]:
-    """Return the fake of a linear op: its check, then an output [..., N] in x's dtype for x [..., K]."""
-    check: Callable[..., None] = getattr(checks, name)
-    checked = len(inspect.signature(check).parameters)
-
-    def fake(*arguments: Any) -> Tensor:
-        check(*arguments[:checked])  # what may follow is the backend
-        x, weight = arguments[:2]
-        out: Tensor = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        return out
-
-    return fake
-
-
-def _refuse_backward(name: str, ctx: object, *grads: Tensor) -> NoReturn:
-    """Raise KernelError: without this, autograd would differentiate through rounding and call it a gradient."""
-    raise KernelError(f"quantkit.{name} has no gradient: run it under torch.no_grad(), or train the float model")
 
 
 def _register() -> None:
     """Define every op with its implementation and its shape function."""
     implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
-        "quantize_per_token": (_quantize_per_token, _quantize_per_token_fake),
         "scaled_mm": (_scaled_mm, _scaled_mm_fake),
-        "linear_dynamic": (_linear_dynamic, _linear_fake("linear_dynamic")),
-        "linear_tensor": (_linear_tensor, _linear_fake("linear_tensor")),
-        "linear_block": (_linear_block, _linear_fake("linear_block")),
-        "linear_llm_int8": (_linear_llm_int8, _linear_fake("linear_llm_int8")),
-        "linear_weight_only": (_linear_weight_only, _linear_fake("linear_weight_only")),
-        "linear_weight_only_packed": (_linear_weight_only_packed, _linear_fake("linear_weight_only_packed")),
+        "linear_dynamic": (_linear_dynamic, linear_fake(checks.linear_dynamic)),
+        "linear_tensor": (_linear_tensor, linear_fake(checks.linear_tensor)),
+        "linear_block": (_linear_block, linear_fake(checks.linear_block)),
+        "linear_llm_int8": (_linear_llm_int8, linear_fake(checks.linear_llm_int8)),
+        "linear_weight_only": (_linear_weight_only, linear_fake(checks.linear_weight_only)),
+        "linear_weight_only_packed": (_linear_weight_only_packed, linear_fake(checks.linear_weight_only_packed)),
     }
     for name, (implementation, fake) in implementations.items():
-        op = f"quantkit::{name}"
-        torch.library.define(op, _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(op, "CompositeExplicitAutograd", implementation)
-        torch.library.register_fake(op, fake)
-        torch.library.register_autograd(op, functools.partial(_refuse_backward, name))
+        register(name, _SCHEMAS[name], implementation, fake)
 
 
 _register()

@@ -86,8 +86,9 @@ def _unpack_bytes(packed: Tensor, bits: int, in_features: int) -> Tensor:
     raw = packed.contiguous().view(torch.uint8)
     if bits == 8:  # adding 128 modulo 256 is flipping the top bit
         return (raw[..., :in_features] ^ 0x80).view(torch.int8)
-    nibbles = torch.stack((raw & 0xF, raw >> 4), dim=-1).view(torch.int8)
-    return nibbles.flatten(-2)[..., :in_features] - 8
+    wide = raw.to(torch.int16)  # each byte grows to two, its upper half shifted into the second, in place
+    codes = wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F).view(torch.int8)
+    return codes.sub_(8)[..., :in_features].contiguous()
 
 
 def _check_bits(bits: int) -> None:

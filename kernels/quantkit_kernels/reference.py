@@ -93,6 +93,35 @@ def quantize_per_group(x: Tensor, dtype: torch.dtype, group_size: int) -> tuple[
     return torch.cat([codes for codes, _ in parts], dim=1), torch.cat([scales for _, scales in parts], dim=1)
 
 
+def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float) -> Tensor:
+    """Return x / sqrt(mean(x**2) + eps) * (gain + offset), [M, K] in float64, token by token."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for m, token in enumerate(x.tolist()):
+        mean = sum(value**2 for value in token) / max(len(token), 1)
+        for k, value in enumerate(token):
+            out[m, k] = value / math.sqrt(mean + eps) * (gain[k].item() + offset)
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gate / (1 + exp(-gate)) * up, [M, K] in float64, number by number."""
+    products = []
+    for g, u in zip(gate.flatten().tolist(), up.flatten().tolist(), strict=True):
+        small = math.exp(-abs(g))  # 1 / (1 + exp(-g)) without the overflow
+        products.append(g * (1 / (1 + small) if g >= 0 else small / (1 + small)) * u)
+    return torch.tensor(products, dtype=torch.float64).view(gate.shape)
+
+
+def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the codes' values [M, K] and scales [M, 1], both float64, of the norm rounded to float32."""
+    return quantize_per_token(rms_norm(x, gain, eps, offset).float(), dtype)
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the codes' values [M, K] and scales [M, 1], both float64, of SiLU(gate) * up rounded to float32."""
+    return quantize_per_token(silu_mul(gate, up).float(), dtype)
+
+
 def scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return (a @ b.T) * a_scale * b_scale.T + bias, [M, N] in float64, exact in the product of int8 codes."""
     out = (a.double() @ b.double().T) * a_scale.double() * b_scale.double().T
@@ -145,6 +174,18 @@ def linear_llm_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tenso
     codes, scale = quantize_per_token(rows[:, others], torch.int8)
     out += scaled_mm(codes, weight[:, others], scale, weight_scale, bias)
     return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_grouped(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, activations: str) -> Tensor:
+    """Return each token's output [M, N] in float64, one token after the other, by the expert whose run it is in."""
+    out = torch.zeros((x.shape[0], weight.shape[1]), dtype=torch.float64)
+    for m in range(x.shape[0]):
+        expert = sum(1 for end in offsets[1:].tolist() if end <= m)
+        if activations == "token":
+            out[m] = linear_dynamic(x[m], weight[expert], weight_scale[expert], None)
+        else:
+            out[m] = (x[m].double() @ weight[expert].double().T) * weight_scale[expert, :, 0].double()
+    return out
 
 
 def decoded_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

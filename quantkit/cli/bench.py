@@ -37,6 +37,13 @@ MIB = 2**20
     help="The key-value cache; auto is static, and compiled, on a GPU where transformers offers it.",
 )
 @click.option("--keep-decoded", is_flag=True, help="On a CPU, keep weights that were decoded.")
+@click.option(
+    "--attention",
+    type=click.Choice(["auto", "transformers"]),
+    default="auto",
+    show_default=True,
+    help="MODEL's on a CPU: quantkit's own call of sdpa, or as transformers does it, as for BASE.",
+)
 @click.option("--threads", type=int, metavar="N", help="Threads of a CPU. [default: what torch chooses]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the prompts' token ids.")
 @backend_option
@@ -101,7 +108,8 @@ def _served(models: list[dict[str, Any]]) -> list[str]:
         f"served    {row['op']} on {row['backend']}: {row['calls_prefill']} calls a prefill, {row['calls_step']} a step"
         for row in models[0]["served"]
     ] or ["served    no compressed layer: all of the model is float"]
-    return [*lines, f"model     attention {models[0]['attention']}, {models[0]['cache']} cache"]
+    beside = "" if len(models) == 1 else f"; baseline: attention {models[1]['attention']}"
+    return [*lines, f"model     attention {models[0]['attention']}, {models[0]['cache']} cache{beside}"]
 
 
 def _where(result: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """The `quantkit` kind: quantkit's own format, whose codes lie in words (see `quantkit.formats.native`).
 
-A row of words holds K rounded up to a multiple of 4: where 4 doesn't divide it, only a group size or the model says K.
+A row of words holds K rounded up to a multiple of 4, or of 8 with 4 bits: where that doesn't divide it, only a group
+size or the model says K.
 Experts that one parameter `O.P` holds together are stored a layer an expert, as `O.0.P`, and become `O.P` again; those
 in x out are stored so, [K, N], with a scale [1, N]. Columns that LLM.int8 keeps in float lie beside the codes.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch
+from quantkit_kernels.formats import packed_words, unpack_int32
 from torch import Tensor
 
 from quantkit.dequantization.base import Part, Plan, Source, damaged, need, need_matrix, need_shape, unknown
@@ -71,7 +73,7 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
     if lead:
         raise damaged(where, f"{first!r} has the shape {list(tensors[first].shape)}, no matrix")
     scale = need(source.weights, f"{members[0]}.weight_scale", first, where).shape
-    columns = 4 * words
+    columns = 32 // scheme.bits * words
     by_column = scheme.weight_granularity == "row" and len(scale) == 2 and scale[0] == 1 and scale != (rows, 1)
     if by_column:
         columns = scale[1]
@@ -79,7 +81,7 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
         columns = scheme.group_size * (scale[-1] if scale else 1)
     elif name in source.shapes:
         columns = source.shapes[name][-2 if name in source.transposed else -1]
-    if -(-columns // 4) != words:
+    if packed_words(columns, scheme.bits) != words:
         raise damaged(where, f"{first!r} has {words} words a row, too few or many for K = {columns}")
     block = (rows, 1) if by_column else _block(scheme, rows, columns)
     for member in members:
@@ -90,7 +92,7 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
     is_fused = name != first
     keys = [f"{member}.{leaf}" for leaf in ("weight", "weight_scale") for member in members]
     shape = (len(members), rows, columns) if is_fused else (rows, columns)
-    decoder = partial(_decode, getattr(torch, scheme.weight_dtype), (rows, columns), block)
+    decoder = partial(_decode, scheme, (rows, columns), block)
     if scheme.outlier_columns is not None:
         kept = [f"{members[0]}.outlier_columns", f"{members[0]}.outlier_weight"]
         for key, expected in zip(kept, ((scheme.outlier_columns,), (rows, scheme.outlier_columns)), strict=True):
@@ -127,11 +129,14 @@ def _block(scheme: Scheme, rows: int, columns: int) -> Block:
     return 1, scheme.group_size or columns
 
 
-def _decode(dtype: torch.dtype, shape: tuple[int, int], block: Block, *tensors: Tensor) -> Iterator[Tensor]:
+def _decode(scheme: Scheme, shape: tuple[int, int], block: Block, *tensors: Tensor) -> Iterator[Tensor]:
     """Yield code * scale, float32, of one layer after the other: exact for scales of 16 bits, else rounded once."""
     half = len(tensors) // 2
     for words, scale in zip(tensors[:half], tensors[half:], strict=True):
-        codes = words.contiguous().view(dtype)[:, : shape[1]]
+        if native.is_packed(scheme):
+            codes = unpack_int32(words, scheme.bits, shape[1])
+        else:
+            codes = words.contiguous().view(getattr(torch, scheme.code_dtype))[:, : shape[1]]
         yield from scaled(codes, read_floats, shape, Blocks(scale_values(scale), shape, block))
 
 

@@ -11,10 +11,10 @@
 
 `weight_scale` is [N, 1] by row, [N, G] in groups, [1] by tensor and [ceil(N/128), ceil(K/128)] by block; static
 activations add `input_scale` [1]. Scales have the dtype of the weight that they replace. A packed element is q + 128,
-or q + 8 of 4 bits, element 0 in the lowest bits; 4 bits are read, and not written. Keys and values that a server is to
-cache in FP8 have scales `k_scale` and `v_scale` [1]. A weight that lies in the model as [K, N] (GPT-2's) is stored so,
-as servers' loaders transpose it by its name; packed words are out x in always. The layout follows compressed-tensors
-0.20.
+or q + 8 of 4 bits, element 0 in the lowest bits; zero points are read, and not written. Keys and values that a server
+is to cache in FP8 have scales `k_scale` and `v_scale` [1]. A weight that lies in the model as [K, N] (GPT-2's) is
+stored so, as servers' loaders transpose it by its name; packed words are out x in always. The layout follows
+compressed-tensors 0.20.
 """
 
 from collections.abc import Mapping, Sequence

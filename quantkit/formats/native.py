@@ -1,4 +1,4 @@
-"""quantkit's own format, versions 1 and 2: holds every scheme, loads with quantkit only. Described in docs/formats.md.
+"""quantkit's own format, versions 1 to 3: holds every scheme, loads with quantkit only. Described in docs/formats.md.
 
 A linear layer's tensors are `weight` int32 [N, ceil(K/4)], the bytes of its codes (two's complement, E4M3 or E5M2),
 element 0 in the lowest byte, rows padded with zero bytes; `weight_scale`, [N, G] with G groups of K (one unless the
@@ -9,6 +9,9 @@ know the format stops there, instead of running codes as if they were weights.
 
 Version 2 has LLM.int8 with outlier columns in float beside it: `outlier_columns` int32 [O], their numbers in ascending
 order, and `outlier_weight` [N, O], the weight in these columns, in its own dtype. Their codes are 0.
+
+Version 3 has 4 bits beside it: `weight` int32 [N, ceil(K/8)], each code + 8, element 0 in the lowest bits, as
+compressed-tensors packs them, so that the same op runs on them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from quantkit_kernels.formats import pack_int32, packed_words, unpack_int32
 
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets, scale_specs, stored_scales
@@ -23,25 +27,25 @@ from quantkit.scheme import Scheme
 from quantkit.untrusted import shown
 
 NAME = "quantkit"
-VERSION = 2
-"""The newest; a checkpoint that version 1 can hold is written in version 1."""
+VERSION = 3
+"""The newest; a checkpoint is written in the oldest that can hold it."""
 
 
 def reason_against(scheme: Scheme) -> str | None:
-    """None: this format can say every scheme whose codes are bytes."""
-    return None if scheme.bits == 8 else "its codes are bytes"
+    """None: this format can say every scheme but those with zero points, which are read elsewhere and not written."""
+    return "it has no zero points" if scheme.weight_dtype == "uint4" else None
 
 
 def is_packed(scheme: Scheme) -> bool:
-    """False: codes are bytes, and a view of the words is all that a product needs."""
-    return False
+    """Whether codes are smaller than bytes: of bytes a view of the words is all that a product needs."""
+    return scheme.bits < 8
 
 
 def tensor_specs(
     scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype, transposed: bool = False
 ) -> dict[str, TensorSpec]:
     """What is stored for a linear layer [N, K] whose float weight has this dtype, transposed or not."""
-    specs = {"weight": TensorSpec((out_features, -(-in_features // 4)), torch.int32)}
+    specs = {"weight": TensorSpec((out_features, packed_words(in_features, scheme.bits)), torch.int32)}
     specs |= scale_specs(scheme, out_features, in_features, dtype)
     if scheme.outlier_columns is not None:
         specs["outlier_columns"] = TensorSpec((scheme.outlier_columns,), torch.int32)
@@ -66,8 +70,11 @@ def compress(
     """
     if (outliers is None) != (scheme.outlier_columns is None):
         raise ValueError(f"{scheme.label}: columns in float go with a scheme that has them, and only there")
-    padding = -codes.shape[1] % 4
-    words = F.pad(codes.contiguous().view(torch.uint8), (0, padding)).contiguous().view(torch.int32)
+    if is_packed(scheme):
+        words = pack_int32(codes, scheme.bits)
+    else:
+        padding = -codes.shape[1] % 4
+        words = F.pad(codes.contiguous().view(torch.uint8), (0, padding)).contiguous().view(torch.int32)
     stored = {"weight": words} | stored_scales(scheme, scale, input_scale)
     if outliers is not None:
         stored |= {"outlier_columns": outliers[0].to(torch.int32), "outlier_weight": outliers[1].contiguous()}
@@ -77,7 +84,9 @@ def compress(
 def decompress(
     scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K], a view of the stored words, and their scale; codes of columns that are stored in float are 0."""
+    """Codes [N, K], of bytes a view of the stored words, and their scale; those of columns stored in float are 0."""
+    if is_packed(scheme):
+        return unpack_int32(tensors["weight"], scheme.bits, in_features), tensors["weight_scale"]
     codes = tensors["weight"].view(getattr(torch, scheme.weight_dtype))
     return codes[:, :in_features], tensors["weight_scale"]
 
@@ -93,7 +102,8 @@ def config(
     said = scheme.to_dict()
     if scheme.outlier_columns is None:
         del said["outlier_columns"]  # version 1 doesn't know the key
-        return {"quant_method": NAME, "version": 1, "groups": [{"scheme": said, "modules": list(modules)}]}
+        version = 3 if is_packed(scheme) else 1
+        return {"quant_method": NAME, "version": version, "groups": [{"scheme": said, "modules": list(modules)}]}
     counts: dict[int, list[str]] = {}
     for module in modules:
         counts.setdefault(columns[module] if columns else scheme.outlier_columns, []).append(module)
@@ -120,7 +130,10 @@ def parse(config: Mapping[str, Any]) -> Layout:
     for group in groups:
         try:
             scheme, modules = Scheme(**group["scheme"]), group["modules"]
-            if (reason := reason_against(scheme)) is not None:
+            reason = reason_against(scheme)
+            if is_packed(scheme) and version < 3:
+                reason = f"codes are bytes in version {version}"
+            if reason is not None:
                 raise RecipeError(f"{scheme.label}: {reason}")
         except (TypeError, KeyError, RecipeError) as error:
             raise CheckpointError(

@@ -12,6 +12,7 @@ METHODS = {
     "smoothquant": "quantkit.methods.smoothquant:SmoothQuant",
     "w8a8": "quantkit.methods.w8a8:W8A8",
     "int8": "quantkit.methods.int8:Int8",
+    "int4": "quantkit.methods.int4:Int4",
     "llm-int8": "quantkit.methods.llm_int8:LLMInt8",
     "fp8": "quantkit.methods.fp8:FP8",
 }

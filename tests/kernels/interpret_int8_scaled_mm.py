@@ -3,12 +3,17 @@
 Run by test_int8_scaled_mm.py in a process of its own with TRITON_INTERPRET=1. Prints how many cases were right.
 """
 
-import math
+import functools
+import itertools
 import warnings
 
+import offline
 import torch
-from quantkit_kernels import formats, generic, int8_scaled_mm, ops, reference
-from quantkit_kernels.int8_scaled_mm import CONFIGS, UNALIGNED, TileConfig
+from interpreting import guarded, truncated
+from quantkit_kernels import formats, generic, ops, reference
+from quantkit_kernels.configurations import INTERPRETED
+from quantkit_kernels.gpu import int8_scaled_mm
+from quantkit_kernels.gpu.tiles import GROUP_M, UNALIGNED, TileConfig
 
 SIZES = [(1, 1), (7, 0), (33, 70), (40, 64), (130, 129)]  # (N, K): ragged, aligned, a single one, none
 
@@ -19,17 +24,6 @@ def codes(generator: torch.Generator, rows: int, columns: int) -> torch.Tensor:
     out[::3] = torch.randint(-127, 128, out[::3].shape, generator=generator)
     out[4:5] = 0
     return out.to(torch.int8)
-
-
-def guarded(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a view [rows, columns] and the larger tensor it lies in, all NaN: what is not written stays NaN."""
-    around = torch.full((rows + 2, columns + 3), math.nan, dtype=dtype)
-    return around[1 : rows + 1, 1 : columns + 1], around
-
-
-def truncated(values: torch.Tensor) -> torch.Tensor:
-    """Return float32 numbers cut to bfloat16: the interpreter does not round (Triton 3.7)."""
-    return (values.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def check(
@@ -72,13 +66,18 @@ def check_ops() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, 40, generator=generator)
     weight, scale = formats.quantize_weight(torch.randn(24, 40, generator=generator), torch.int8)
+    bias = torch.randn(24, generator=generator)
     launches = []
     launch = int8_scaled_mm.launch
     int8_scaled_mm.launch = lambda *arguments: launches.append(1) or launch(*arguments)
-    by_kernel = ops.linear_dynamic(x, weight, scale, None, "triton")
-    assert launches == [1]
-    assert torch.equal(by_kernel, ops.linear_dynamic(x, weight, scale, None))
-    assert launches == [1], "'auto' on the CPU must not take the kernel"
+    calls = [functools.partial(ops.linear_dynamic, x, weight, scale, bias)]
+    for weight_scale, input_scale in itertools.product((scale, torch.tensor([0.02])), (None, torch.tensor([0.01]))):
+        calls += [functools.partial(ops.linear_tensor, x, weight, weight_scale, input_scale, bias)]
+    for number, call in enumerate(calls, start=1):
+        by_kernel = call("triton")
+        assert len(launches) == number
+        assert torch.equal(by_kernel, call("auto")), call
+        assert len(launches) == number, "'auto' on the CPU must not take the kernel"
     int8_scaled_mm.launch = launch
 
 
@@ -93,12 +92,12 @@ def main() -> None:
             shape = (tokens, out_features, in_features)
             check(generator, shape, dtype, with_bias=cases % 2 == 0, config=None, spread=cases % 4 == 0)
             cases += 1
-    for config in [config for _, config in CONFIGS] + [UNALIGNED]:
-        for dtype in dtypes:
-            check(generator, (67, 131, 70), dtype, with_bias=dtype != torch.float16, config=config)
+    for config in [*offline.configs("int8_scaled_mm", INTERPRETED), UNALIGNED]:
+        for dtype, in_features in zip(dtypes, (70, 288, 128), strict=True):
+            check(generator, (67, 131, in_features), dtype, with_bias=dtype != torch.float16, config=config)
             cases += 1
     # more row tiles than GROUP_M, so that programs are numbered in two bands, the second of them shorter
-    check(generator, (16 * int8_scaled_mm.GROUP_M + 30, 130, 17), torch.float32, True, CONFIGS[0][1])
+    check(generator, (16 * GROUP_M + 30, 130, 17), torch.float32, True, TileConfig(16, 64, 64, 4, 2))
     check_ops()
     print(cases + 2, "cases right")  # noqa: T201 (what the test reads)
 

@@ -141,6 +141,9 @@ def test_linear_weight_only_packed(bits, x_dtype, group_size, shape):
     within(out, expected, weight_only_bound(x, reference.decoded_weight(codes, scale, x_dtype), bias, expected))
 
 
+OFFSETS = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
 def all_ops(dtype: torch.dtype, bits: int = 4):
     """Return name -> (op, its arguments) for every registered op that takes the dtype, on small inputs with a bias."""
     x, weight, bias = inputs(4, (5,), torch.float32, True)
@@ -149,11 +152,19 @@ def all_ops(dtype: torch.dtype, bits: int = 4):
     packed = formats.pack_int32((weight * 0).to(INT8) + 3, bits)
     arguments = {
         "quantize_per_token": (x, dtype),
+        "quantize_per_tensor": (x, dtype),
+        "quantize_per_tensor static": (x, dtype, torch.full((1,), 0.04)),
+        "quantize_per_group": (random(6, 5, 256), dtype),
+        "rms_norm_quantize": (x, weight[0], 1e-6, 1.0, dtype),
+        "silu_mul_quantize": (x, x + 1, dtype),
+        "dequantize": (codes, scale, torch.float16),
         "scaled_mm": (x_codes, codes, x_scale, scale, bias, torch.bfloat16),
         "linear_dynamic": (x, codes, scale, bias),
         "linear_tensor": (x, codes, scale, None, bias),
         "linear_tensor static": (x, codes, torch.full((1,), 0.01), torch.full((1,), 0.04), bias),
         "linear_weight_only": (x, codes, scale, bias),
+        "linear_grouped": (x, *(torch.stack([each, each]) for each in (codes, scale)), OFFSETS, "token"),
+        "linear_grouped weights": (x, *(torch.stack([each, each]) for each in (codes, scale)), OFFSETS, "none"),
         "linear_weight_only_packed": (x, packed, scale, bias, bits),
     }
     if dtype == INT8:
@@ -165,15 +176,15 @@ def all_ops(dtype: torch.dtype, bits: int = 4):
 
 
 CASES = [(name, dtype) for dtype in QUANTIZED for name in all_ops(dtype)]
-LINEARS = [(name, dtype) for name, dtype in CASES if name.startswith("linear")]
+LINEARS = [(name, dtype) for name, dtype in CASES if name.startswith("linear") and "grouped" not in name]
 EXACT = ("linear_dynamic", "linear_tensor", "linear_tensor static")
 """Ops whose bits do not depend on strides: int8 products are exact, and fp8 is decoded to dense rows of x."""
 
 
 def test_every_registered_op_is_tested():
-    from quantkit_kernels.ops import _SCHEMAS
+    from quantkit_kernels.registration import SCHEMAS
 
-    assert {name.split()[0] for name, _ in CASES} == set(_SCHEMAS)
+    assert {name.split()[0] for name, _ in CASES} == set(SCHEMAS)
 
 
 def same(left: object, right: object) -> None:
@@ -188,7 +199,7 @@ def same(left: object, right: object) -> None:
 def test_opcheck(name, dtype):
     op, arguments = all_ops(dtype)[name]
     takes_fp8 = any(isinstance(value, torch.Tensor) and value.dtype in FP8 for value in arguments)
-    gives_fp8 = name == "quantize_per_token" and dtype in FP8
+    gives_fp8 = "quantize" in name and dtype in FP8
     if takes_fp8 or gives_fp8:
         # torch's schema check compares inputs before and after with allclose, which fp8 does not have (torch 2.13)
         copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
@@ -265,9 +276,11 @@ def test_compiled_is_eager_bit_for_bit_in_one_graph(name, dtype):
     compiled = torch.compile(program, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         same(compiled(*arguments), op(*arguments))
-        if arguments[0].is_floating_point() and arguments[0].dtype not in FP8:  # another number of tokens
-            more = torch.cat([arguments[0], arguments[0]])
-            same(compiled(more, *arguments[1:]), op(more, *arguments[1:]))
+        if arguments[0].dtype in FLOATS and "grouped" not in name:  # another number of tokens
+            x = arguments[0]
+            of_tokens = [isinstance(value, torch.Tensor) and value.shape == x.shape for value in arguments]
+            more = [torch.cat([value, value]) if of else value for value, of in zip(arguments, of_tokens, strict=True)]
+            same(compiled(*more), op(*more))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
@@ -322,18 +335,34 @@ def bad_calls():
         (lambda: ops.linear_tensor(x, codes, scale, one.int(), None), r"input_scale is torch.int32 \[1\]"),
         (lambda: ops.linear_tensor(x, codes, scale, one.to("meta"), None), "cpu and meta: expected one device"),
         (lambda: ops.linear_tensor(x, codes, scale, None, one), r"bias is .* \[1\]: expected float \[13\]"),
-        (lambda: ops.linear_tensor(x, codes, one, None, None, "triton"), "no kernel for linear_tensor .*int8 yet"),
+        (lambda: ops.linear_tensor(x, codes, one, None, None, "triton"), "cannot run linear_tensor on device cpu"),
         (lambda: ops.linear_block(wide, blocks, ones(2, 1), None), r"\[2, 1\]: expected float \[2, 2\]"),
         (lambda: ops.linear_block(x, codes.to(FP8[0]), ones(1, 1), None), "K is 70: blocks need a multiple of 128"),
         (lambda: ops.linear_block(wide, blocks.to(INT8), ones(2, 2), None), "int8 .*: expected .* in float8_e4m3fn"),
-        (lambda: ops.linear_block(wide, blocks, ones(2, 2), None, "triton"), "no kernel for linear_block"),
+        (lambda: ops.linear_block(wide, blocks, ones(2, 2), None, "triton"), "cannot run linear_block on device cpu"),
         (lambda: ops.linear_llm_int8(x, codes.to(FP8[0]), scale, None, 6.0), r"expected \[N, K\] in int8"),
         (lambda: ops.linear_llm_int8(x, codes, one, None, 6.0), r"expected float \[13, 1\]"),
         (lambda: ops.linear_llm_int8(x, codes, scale, None, 0.0), "threshold is 0.0: expected a positive number"),
         (lambda: ops.linear_llm_int8(x, codes, scale, None, math.nan), "threshold is nan"),
-        (lambda: ops.linear_llm_int8(x, codes, scale, None, 6.0, "triton"), "no kernel for linear_llm_int8"),
+        (lambda: ops.linear_llm_int8(x, codes, scale, None, 6.0, "triton"), "linear_llm_int8 on device cpu: expected"),
         (lambda: ops.quantize_per_token(ones(2, 3, 4), INT8), r"\[2, 3, 4\]: expected \[M, K\]"),
         (lambda: ops.quantize_per_token(x, torch.uint8), "torch.uint8"),
+        (lambda: ops.quantize_per_token(x, INT8, "triton"), "quantize_per_token on device cpu: expected"),
+        (lambda: ops.quantize_per_tensor(x.double(), INT8), "torch.float64"),
+        (lambda: ops.quantize_per_tensor(x, torch.int32), "torch.int32"),
+        (lambda: ops.quantize_per_tensor(x, INT8, ones(1, 1)), r"scale is torch.float32 \[1, 1\]"),
+        (lambda: ops.quantize_per_tensor(x, INT8, one.int()), r"scale is torch.int32 \[1\]"),
+        (lambda: ops.quantize_per_tensor(x, INT8, one.to("meta")), "cpu and meta: expected one device"),
+        (lambda: ops.quantize_per_group(x, INT8), "K is 70: groups need a multiple of 128"),
+        (lambda: ops.rms_norm_quantize(x, ones(K + 1), 1e-6, 0.0, INT8), r"gain is .* \[71\]: expected float \[70\]"),
+        (lambda: ops.rms_norm_quantize(x, ones(K), -1e-6, 0.0, INT8), "eps is -1e-06: expected a number from 0"),
+        (lambda: ops.rms_norm_quantize(x, ones(K), math.nan, 0.0, INT8), "eps is nan"),
+        (lambda: ops.rms_norm_quantize(x, ones(K), 1e-6, math.inf, INT8), "offset is inf: expected 0, or 1"),
+        (
+            lambda: ops.silu_mul_quantize(x, x[:, 1:], INT8),
+            r"gate is .*\[5, 70\] and up .*\[5, 69\]: expected the same",
+        ),
+        (lambda: ops.silu_mul_quantize(x, x.half(), INT8), "expected the same dtype and shape"),
         (lambda: ops.linear_dynamic(x[:, 1:], codes, scale, None), r"expected \[\.\.\., 70\]"),
         (lambda: ops.linear_dynamic(x.double(), codes, scale, None), "torch.float64"),
         (lambda: ops.linear_dynamic(x, codes.int(), scale, None), "torch.int32"),
@@ -343,7 +372,12 @@ def bad_calls():
         (lambda: ops.linear_dynamic(x, codes, scale.to("meta"), None), "cpu and meta: expected one device"),
         (lambda: ops.linear_weight_only(x, codes, ones(N, 3), None), "G dividing K = 70"),
         (lambda: ops.linear_dynamic(x, codes, ones(N, 2), None), r"expected float \[13, 1\]"),
-        (lambda: ops.linear_weight_only(x, codes, scale, None, "triton"), "no kernel for linear_weight_only"),
+        (lambda: ops.linear_weight_only(x, codes, scale, None, "triton"), "linear_weight_only on device cpu: expected"),
+        (lambda: ops.dequantize(codes[0], scale, torch.half), r"codes are torch.int8 \[70\]: expected \[N, K\]"),
+        (lambda: ops.dequantize(codes, ones(N, 3), torch.half), "G dividing K = 70"),
+        (lambda: ops.dequantize(codes, one.int(), torch.half), r"scale is torch.int32 \[1\]: expected float \[1\]"),
+        (lambda: ops.dequantize(codes, scale, torch.double), "dtype is torch.float64: expected float32"),
+        (lambda: ops.dequantize(codes, one.to("meta"), torch.half), "cpu and meta: expected one device"),
         (lambda: ops.linear_weight_only_packed(x, packed, scale, None, 5), r"expected torch.int32 \[N, 11\]"),
         (lambda: ops.linear_weight_only_packed(x, packed, ones(N, 3), None, 4), "G dividing K = 70"),
         (lambda: ops.linear_weight_only_packed(x, packed, scale, None, 9), "9 bits: expected 1 to 8"),

@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ("smoothquant+w8a8", "fp8-dynamic")
+PASS = "one forward pass"
+FLOORS = {f"batch {size}": size for size in (1, 2)}
+"""The rows of `--floor`: windows at once in the pass of the plain float model."""
 SIZES = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -68,6 +71,22 @@ def ours(method: str, folder: Path, out: Path) -> dict[str, Any]:
     before, started = peak_bytes(), time.monotonic()
     quantize(folder, out, progress=False, **words)
     sync(out)
+    return {"seconds": time.monotonic() - started, "imports_bytes": before}
+
+
+def floor(folder: Path, batch: int) -> dict[str, Any]:
+    """One plain forward pass of the float model over all windows: what no way of calibrating once can fall below."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").model
+    lines = (folder.parent / "tokens.jsonl").read_text(encoding="utf-8").splitlines()
+    ids = torch.tensor([json.loads(line)["input_ids"] for line in lines])
+    before, started = peak_bytes(), time.monotonic()
+    with torch.inference_mode():
+        for windows in ids.split(batch):
+            model(input_ids=windows, use_cache=False)
     return {"seconds": time.monotonic() - started, "imports_bytes": before}
 
 
@@ -124,6 +143,10 @@ def peak_bytes() -> int:
 
 def child(tool: str, method: str, folder: Path, out: Path, batch_size: int) -> None:
     """Do one tool's work and print what it cost as the last line."""
+    if method == PASS:
+        result = floor(folder, FLOORS[tool])
+        sys.stdout.write("\n" + json.dumps(result | {"peak_bytes": peak_bytes()}) + "\n")
+        return
     result = ours(method, folder, out) if tool == "ours" else theirs(method, folder, out, batch_size)
     sys.stdout.write("\n" + json.dumps(result | {"peak_bytes": peak_bytes()}) + "\n")
 
@@ -174,6 +197,10 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
                         found.setdefault(method, {}).setdefault(tool, []).append(result)
                         said = f"{result['seconds']:.1f} s, {result['peak_bytes'] / 1e6:,.0f} MB"
                         sys.stderr.write(f"run {turn + 1}/{options.runs} {method} {tool}: {said}\n")
+            for rows in FLOORS if options.floor else ():
+                result = run(sys.executable, rows, PASS, folder, options)
+                found.setdefault(PASS, {}).setdefault(rows, []).append(result)
+                sys.stderr.write(f"run {turn + 1}/{options.runs} {PASS}, {rows}: {result['seconds']:.1f} s\n")
     return {
         method: {
             tool: {
@@ -181,7 +208,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
                 "peak_bytes": max(each["peak_bytes"] for each in results),
                 "imports_bytes": max(each["imports_bytes"] for each in results),
                 "tensors": len(results[0]["tensors"]),
-                "same_tensors": results[0]["tensors"] == by_tool["ours"][0]["tensors"],
+                "same_tensors": method == PASS or results[0]["tensors"] == by_tool["ours"][0]["tensors"],
             }
             for tool, results in by_tool.items()
         }
@@ -196,7 +223,7 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for method, by_tool in found.items():
-        base = by_tool.get("llm-compressor")
+        base = found.get(METHODS[0] if method == PASS else method, {}).get("llm-compressor")
         for tool, cost in by_tool.items():
             ratio = f"{cost['seconds'] / base['seconds']:.2f}" if base else ""
             peaks = f"{cost['peak_bytes'] / 1e6:,.0f} | {cost['imports_bytes'] / 1e6:,.0f}"
@@ -211,6 +238,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (2)")
     parser.add_argument("--runs", type=int, default=1, help="times each tool does each method (1)")
     parser.add_argument("--batch-size", type=int, default=1, help="llm-compressor's batch_size (1, its default)")
+    parser.add_argument("--floor", action="store_true", help="also time one plain forward pass over the windows")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -42,7 +42,7 @@ TEXTS = {"tensorforge-charopt": "tinyshakespeare/input.txt"}
 WINDOWS, SEQ_LEN = 16, 128
 STEPS = {"w8a8-tensor": "w8a8:activation=tensor"}
 """Schemes that no bundled recipe has."""
-INDIVISIBLE = {("stories3M", "int8-g128"), ("stories3M", "fp8-block")}  # its hidden size is 192
+INDIVISIBLE = {("stories3M", name) for name in ("int8-g128", "int4", "fp8-block")}  # its hidden size is 192
 
 
 @dataclass
@@ -139,6 +139,7 @@ EXPERTS = [
     "fp8",
     "fp8-weight-only",
     "int8",
+    "int4-channel",
     pytest.param("w8a8", marks=pytest.mark.xfail(raises=RuntimeError, strict=True, reason=UNREAD)),
 ]
 

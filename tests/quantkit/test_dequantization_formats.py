@@ -16,6 +16,7 @@ from quantkit import formats
 from quantkit.checkpoint import read_config
 from quantkit.dequantization import dequantized
 from quantkit.errors import CheckpointError
+from quantkit.modules import quantize_linear
 from quantkit.scheme import Scheme
 from quantkit.shards import ShardReader
 
@@ -315,6 +316,8 @@ def test_bitsandbytes_that_does_not_fit_is_told() -> None:
 SCHEMES = {
     "w8a8": Scheme("int8", activation_dtype="int8"),
     "int8 g16": Scheme("int8", 16),
+    "int4 g16": Scheme("int4", 16),
+    "int4": Scheme("int4"),
     "int8 tensor": Scheme("int8", activation_dtype="int8", weight_granularity="tensor"),
     "e4m3 block": Scheme("float8_e4m3fn", None, "float8_e4m3fn", weight_granularity="block", activation="group"),
     "e5m2": Scheme("float8_e5m2"),
@@ -329,9 +332,7 @@ def test_what_quantkit_writes(name: str, form: str, transposed: bool) -> None:
     if layout.reason_against(scheme) is not None:
         return  # the format has no word for the scheme, as its own tests show
     weight = noise(144, 160, dtype=torch.bfloat16)
-    codes, scale = quantize_weight(
-        weight, getattr(torch, scheme.weight_dtype), scheme.group_size, granularity=scheme.weight_granularity
-    )
+    codes, scale = quantize_linear(weight, scheme)
     tensors = layout.compress(scheme, codes, scale, transposed=transposed)
     stored = layout.config(scheme, ["m.a"], ["lm_head"])
     state = {f"m.a.{key}": value for key, value in tensors.items()} | {"lm_head.weight": weight}

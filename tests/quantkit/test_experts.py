@@ -24,6 +24,7 @@ SCHEMES = {
     "llm-int8": Scheme("int8", activation_dtype="int8", threshold=2.0),
     "fp8": Scheme("float8_e4m3fn", activation_dtype="float8_e4m3fn"),
     "fp8-e5m2-weight-only": Scheme("float8_e5m2"),
+    "int4": Scheme("int4"),
     "int8-g8": Scheme("int8", 8),
 }
 
@@ -45,7 +46,7 @@ def close(packed, exact, x, weight, axis):
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-@pytest.mark.parametrize("scheme", [INT8, SCHEMES["fp8"], Scheme("int8", weight_range="mse")])
+@pytest.mark.parametrize("scheme", [INT8, SCHEMES["fp8"], Scheme("int8", weight_range="mse"), SCHEMES["int4"]])
 def test_every_expert_is_quantized_by_its_out_features(axis, scheme):
     weight = draw(E, 6, 10, dtype=torch.bfloat16)
     codes, scale = quantize_experts(weight, scheme, axis)
@@ -53,7 +54,7 @@ def test_every_expert_is_quantized_by_its_out_features(axis, scheme):
     assert scale.dtype == torch.bfloat16
     for expert in range(E):
         rows = weight[expert] if axis == 2 else weight[expert].t().contiguous()
-        expected, its_scale = quantize_weight(rows, codes.dtype, weight_range=scheme.weight_range)
+        expected, its_scale = quantize_weight(rows, codes.dtype, weight_range=scheme.weight_range, bits=scheme.bits)
         expected, its_scale = (expected, its_scale) if axis == 2 else (expected.t(), its_scale.t())
         assert torch.equal(codes[expert].float(), expected.float())
         assert torch.equal(scale[expert], its_scale)

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from models import same
-from quantkit_kernels.formats import dequantize_weight, quantize_per_group, quantize_per_tensor, quantize_weight
+from quantkit_kernels.formats import dequantize_weight, quantize_per_group, quantize_per_tensor
 from schemes import SCHEMES
 
 from quantkit.errors import CheckpointError
 from quantkit.formats import compressed_tensors
+from quantkit.modules import quantize_linear
 from quantkit.scheme import Scheme
 
 NAMES = [name for name, scheme in SCHEMES.items() if compressed_tensors.reason_against(scheme) is None]
@@ -29,8 +30,9 @@ def test_compressed_tensors_itself_accepts_the_config_and_knows_every_key(name):
     assert set(written) <= set(type(config).model_fields) | beside
     group = config.config_groups["group_0"]
     assert set(written["config_groups"]["group_0"]) <= set(type(group).model_fields)
-    assert group.weights.num_bits == 8
-    assert group.weights.type == ("int" if scheme.weight_dtype == "int8" else "float")
+    assert group.weights.num_bits == (4 if name.startswith("int4") else 8)
+    assert group.weights.type == ("int" if scheme.code_dtype == "int8" else "float")
+    assert group.weights.symmetric
     words = {"row": "channel"}.get(scheme.weight_granularity, scheme.weight_granularity)
     assert group.weights.strategy == (words if scheme.group_size is None else "group")
     assert group.weights.group_size == scheme.group_size
@@ -55,8 +57,8 @@ def test_compressed_tensors_itself_decompresses_to_our_weight(name, dtype):
 
     scheme = SCHEMES[name]
     weight = torch.randn(192, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
-    kind, granularity = getattr(torch, scheme.weight_dtype), scheme.weight_granularity
-    codes, scale = quantize_weight(weight, kind, scheme.group_size, scheme.weight_range, granularity)
+    granularity = scheme.weight_granularity
+    codes, scale = quantize_linear(weight, scheme)
     config = QuantizationConfig.model_validate(compressed_tensors.config(scheme, ["q"], []))
     compressor = BaseCompressor.get_value_from_registry(compressed_tensors.format_name(scheme))
     given = torch.ones(1) if scheme.is_static else None

@@ -25,10 +25,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def random_codes(scheme, out_features, in_features, seed):
-    """Codes of every value that the dtype has (NaN's bytes too), and scales."""
-    generator = torch.Generator().manual_seed(seed)
-    raw = torch.randint(-128, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
-    return raw.view(getattr(torch, scheme.weight_dtype))
+    """Codes of every value that the dtype has (NaN's bytes too)."""
+    generator, end = torch.Generator().manual_seed(seed), 1 << (scheme.bits - 1)
+    raw = torch.randint(-end, end, (out_features, in_features), generator=generator, dtype=torch.int8)
+    return raw.view(getattr(torch, scheme.code_dtype))
 
 
 def scale_of(scheme, n, k, dtype, seed):
@@ -102,6 +102,20 @@ def test_native_words_are_the_bytes_of_the_codes_lowest_first():
     assert [word % 2**32 for word in words[0].tolist()] == expected
 
 
+def test_words_of_four_bits_are_the_codes_plus_8_lowest_first():
+    codes = torch.tensor([[-8, -7, 0, 7, 5, -1, 1, 2, 3]], dtype=torch.int8)
+    expected = [sum((code + 8) << 4 * place for place, code in enumerate(codes[0, i : i + 8].tolist())) for i in (0, 8)]
+    for form, leaf in ((compressed_tensors, "weight_packed"), (native, "weight")):
+        words = form.compress(Scheme("int4"), codes, torch.ones(1, 1))[leaf]
+        assert [word % 2**32 for word in words[0].tolist()] == expected
+
+
+def test_a_native_checkpoint_is_written_in_the_oldest_version_that_holds_it():
+    assert native.config(Scheme("int8"), ["q"], [])["version"] == 1
+    assert native.config(SCHEMES["int4"], ["q"], [])["version"] == 3
+    assert "outlier_columns" not in native.config(SCHEMES["int4"], ["q"], [])["groups"][0]["scheme"]
+
+
 @pytest.mark.parametrize(("form", "scheme"), PAIRS)
 def test_the_config_gives_the_scheme_back_and_none_for_what_is_left(form, scheme):
     quantized, left = ["a.q_proj", "a.k_proj"], ["lm_head", "a.router"]
@@ -122,6 +136,8 @@ def test_auto_takes_the_format_that_most_can_load():
     assert formats.choose(Scheme("float8_e5m2")) is native
     assert formats.choose(Scheme("int8"), "quantkit") is native
     assert formats.choose(SCHEMES["w8a8"]) is compressed_tensors
+    assert formats.choose(SCHEMES["int4"]) is compressed_tensors
+    assert formats.choose(SCHEMES["int4"], "quantkit") is native
     assert formats.choose(SCHEMES["llm-int8"]) is bitsandbytes
     assert formats.choose(SCHEMES["llm-int8"], "quantkit") is native
     assert formats.choose(SCHEMES["fp8-block"]) is compressed_tensors
@@ -136,6 +152,7 @@ def test_auto_takes_the_format_that_most_can_load():
         (SCHEMES["llm-int8"], "compressed-tensors", "outlier"),
         (SCHEMES["int8"], "bitsandbytes", "LLM.int8"),
         (SCHEMES["w8a8"], "bitsandbytes", "LLM.int8"),
+        (SCHEMES["int4"], "bitsandbytes", "LLM.int8"),
         (SCHEMES["fp8"], "bitsandbytes", "LLM.int8"),
         (Scheme("int8"), "gguf", "'gguf'"),
     ],
@@ -160,7 +177,7 @@ def test_unknown_methods_are_refused(config):
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 3},
+        {"version": 4},
         {"version": None},
         {"groups": None},
         {"groups": 5},
@@ -171,6 +188,8 @@ def test_unknown_methods_are_refused(config):
         {"groups": [{"scheme": {"weight_dtype": "int8"}, "modules": "q"}]},
         {"groups": [{"scheme": {"weight_dtype": "int8"}, "modules": [1]}]},
         {"groups": [{"scheme": {"weight_dtype": "int4"}, "modules": ["q"]}]},
+        {"version": 2, "groups": [{"scheme": {"weight_dtype": "int4"}, "modules": ["q"]}]},
+        {"version": 3, "groups": [{"scheme": {"weight_dtype": "uint4"}, "modules": ["q"]}]},
         {"groups": [{"scheme": {"weight_dtype": "int8", "group_size": 0}, "modules": ["q"]}]},
         {"groups": [{"scheme": {"weight_dtype": "int8", "new": 1}, "modules": ["q"]}]},
     ],

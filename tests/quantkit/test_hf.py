@@ -16,6 +16,7 @@ from quantkit.modules import QuantizedLinear
 
 IDS = torch.arange(10)[None]
 NATIVE = ["fp8-e5m2", "fp8-e5m2-weight-only"]
+EVERY = ["w8a8", "int8", "int4", "int4-channel", "fp8", "w8a8-static", "fp8-static", "fp8-block", "llm-int8"]
 
 
 @pytest.mark.parametrize("recipe", NATIVE)
@@ -26,7 +27,7 @@ def test_transformers_loads_our_own_format(compressed, recipe):
     assert torch.equal(model(IDS).logits, load(compressed(recipe))(IDS).logits)
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "int8", "fp8", "w8a8-static", "fp8-static", "fp8-block", "llm-int8"])
+@pytest.mark.parametrize("recipe", EVERY)
 def test_our_own_format_can_hold_every_scheme(compressed, recipe):
     """LLM.int8 as well: the scale that bitsandbytes' statistic stands for comes back bit for bit."""
     model = AutoModelForCausalLM.from_pretrained(compressed(recipe, form="quantkit"))
@@ -68,7 +69,7 @@ def test_the_config_object_is_what_is_on_disk(compressed):
     assert (wrapped.to_dict(), wrapped.backend) == (stored, "torch")
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "int8", "fp8-static", "fp8-block", "llm-int8", *NATIVE])
+@pytest.mark.parametrize("recipe", ["w8a8", "int8", "int4", "fp8-static", "fp8-block", "llm-int8", *NATIVE])
 def test_a_loaded_model_can_be_copied_and_pickled(compressed, tmp_path, recipe):
     model = load(compressed(recipe))
     torch.save(model, tmp_path / "model.pt")

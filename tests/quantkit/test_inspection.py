@@ -22,6 +22,8 @@ CLEAN += [("w8a8", "opt_short_names"), ("fp8-e5m2", "llama_odd"), ("int8", "llam
 CLEAN += [(recipe, "mixtral") for recipe in ("w8a8", "int8", "fp8", "w8a8-static", "llm-int8", "smoothquant-w8a8")]
 CLEAN += [(recipe, "gpt2") for recipe in ("w8a8", "int8", "fp8-static", "llm-int8", "fp8-e5m2")]
 CLEAN += [("w8a8", "gpt2", "compressed-tensors"), ("int8", "gpt2_untied", "compressed-tensors")]
+CLEAN += [("int4-channel", name) for name in ("llama_odd", "mixtral", "gpt2", "gpt_oss")]
+CLEAN += [("int4", "llama", "quantkit"), ("int4-channel", "gpt2_untied", "compressed-tensors")]
 CLEAN += [("llm-int8", "opt"), ("llm-int8", "llama_bf16"), ("llm-int8", "mixtral", "quantkit")]
 CLEAN += [(recipe, "gpt_oss") for recipe in ("w8a8", "int8", "fp8", "llm-int8", "fp8-static")]
 

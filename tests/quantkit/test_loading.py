@@ -31,8 +31,9 @@ CASES = [(recipe, "llama") for recipe in recipe_names()]
 CASES += [("w8a8", name) for name in ("llama_tied", "llama_bf16", "llama_fp16", "llama_odd", "llama_unused", "opt")]
 CASES += [("w8a8", "llama_second_name"), ("w8a8", "opt_short_names"), ("w8a8", "mixtral"), ("fp8", "llama_bf16")]
 CASES += [("fp8-e5m2", "llama_odd"), ("fp8-e5m2", "llama_bf16"), ("int8", "llama_odd"), ("fp8-e5m2", "opt_short_names")]
-CASES += [(recipe, "mixtral") for recipe in ("int8", "fp8", "w8a8-static", "llm-int8")]
-CASES += [(recipe, "gpt2") for recipe in ("w8a8", "int8", "fp8-static", "llm-int8")]
+CASES += [(recipe, "mixtral") for recipe in ("int8", "int4-channel", "fp8", "w8a8-static", "llm-int8")]
+CASES += [(recipe, "gpt2") for recipe in ("w8a8", "int8", "int4-channel", "fp8-static", "llm-int8")]
+CASES += [("int4-channel", name) for name in ("llama_odd", "gpt_oss")]
 CASES += [("w8a8", "gpt_oss"), ("int8", "gpt_oss"), ("llm-int8", "opt"), ("fp8-static", "opt"), ("w8a8", "gpt2_untied")]
 SOME = [case for case in CASES if case[1] != "llama" or "mse" not in case[0]]
 SOME = [case for case in SOME if case[1] not in ("llama_fp16", "llama_bf16", "llama_second_name", "opt")]
@@ -112,7 +113,7 @@ def decoded_model(compressed, source):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_second_name", "llama_odd", "opt", "opt_short_names"])
-@pytest.mark.parametrize("recipe", ["int8", "fp8-e5m2-weight-only"])
+@pytest.mark.parametrize("recipe", ["int8", "int4-channel", "fp8-e5m2-weight-only"])
 def test_weights_alone_give_the_logits_of_the_decoded_model(loaded, model_folder, recipe, name):
     """Exactly: the op decodes a weight and multiplies as an ordinary layer does."""
     model = loaded(recipe, name)
@@ -121,7 +122,7 @@ def test_weights_alone_give_the_logits_of_the_decoded_model(loaded, model_folder
         assert torch.equal(model(IDS).logits, expected)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "fp8-e5m2-weight-only"])
+@pytest.mark.parametrize("recipe", ["int8", "int4-channel", "fp8-e5m2-weight-only"])
 def test_weights_in_x_out_alone_give_the_products_of_the_decoded_model(loaded, model_folder, recipe):
     """Float32, each layer on the same random inputs: Conv1D sums the same K products and the bias in an order of its
     own, so that both are within (K + 1) * 2**-24 of the sum of magnitudes of the real number."""

@@ -29,7 +29,7 @@ def layer(name, dtype=torch.float32, in_features=K, bias=True, form="auto", tran
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(N, in_features, generator=generator).to(dtype)
     codes, scale = quantize_linear(weight, scheme)
-    limit = 2 / (127 if scheme.weight_dtype == "int8" else torch.finfo(codes.dtype).max)
+    limit = 2 / (127 if scheme.code_dtype == "int8" else torch.finfo(codes.dtype).max)
     input_scale = torch.tensor([limit]) if scheme.is_static else None
     made = QuantizedLinear(in_features, N, scheme, layout, bias=bias, dtype=dtype, transposed=transposed)
     for key, tensor in layout.compress(scheme, codes, scale, input_scale, transposed).items():
@@ -118,6 +118,7 @@ def test_static_activations_saturate_and_dynamic_ones_do_not():
 OPS = {
     "int8": "linear_weight_only_packed",
     "int8-g128": "linear_weight_only_packed",
+    "int4": "linear_weight_only_packed",
     "fp8-weight-only": "linear_weight_only",
     "w8a8": "linear_dynamic",
     "fp8": "linear_dynamic",
@@ -153,8 +154,9 @@ def test_a_weight_is_quantized_as_its_scheme_says(name, dtype):
         assert torch.equal(scale, weight.float().abs().amax(1, keepdim=True) / 127)
         assert torch.equal(codes, (weight.float() / scale).round().to(torch.int8))
         return
-    kind = getattr(torch, scheme.weight_dtype)
-    expected = quantize_weight(weight, kind, scheme.group_size, scheme.weight_range, scheme.weight_granularity)
+    kind, granularity = getattr(torch, scheme.code_dtype), scheme.weight_granularity
+    bits = {"bits": 4} if name.startswith("int4") else {}
+    expected = quantize_weight(weight, kind, scheme.group_size, scheme.weight_range, granularity, **bits)
     assert models.same(codes, expected[0])
     assert models.same(scale, expected[1])
     specs = native.tensor_specs(scheme, N, K, dtype)
@@ -173,7 +175,7 @@ def test_a_scale_of_another_dtype_than_the_weights_is_rounded_before_codes_are_f
     steps = dequantize_weight(torch.ones_like(codes, dtype=torch.int8), scale.float(), scheme.weight_granularity)
     quotients = weight / steps
     if codes.dtype == torch.int8:
-        assert torch.equal(codes.float(), quotients.round().clamp(-127, 127))
+        assert torch.equal(codes.float(), quotients.round().clamp(*((-8, 7) if scheme.bits == 4 else (-127, 127))))
     else:
         largest = torch.finfo(codes.dtype).max
         assert models.same(codes, quotients.clamp(-largest, largest).to(codes.dtype))
@@ -192,7 +194,7 @@ def test_the_output_has_the_inputs_dtype(name, dtype):
     assert made(torch.randn(2, K).to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a8-static", "llm-int8", "int8", "fp8", "fp8-e5m2", "fp8-e5m2-weight-only"])
+@pytest.mark.parametrize("name", ["w8a8", "llm-int8", "int8", "int4-channel", "fp8", "fp8-e5m2", "w8a8-static"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_in_features_may_be_odd_and_bias_may_be_absent(name, transposed):
     made, codes, scale = layer(name, in_features=51, bias=False, transposed=transposed)

@@ -90,6 +90,8 @@ SCHEMES = {
     "llm-int8": Scheme(INT8, None, INT8, threshold=6.0),
     "int8": Scheme(INT8),
     "int8-g128": Scheme(INT8, 128),
+    "int4": Scheme("int4", 128, weight_range="mse"),
+    "int4-channel": Scheme("int4", weight_range="mse"),
     "fp8": Scheme(E4M3, None, E4M3),
     "fp8-static": Scheme(E4M3, None, E4M3, weight_granularity="tensor", activation="tensor-static"),
     "fp8-block": Scheme(E4M3, None, E4M3, weight_granularity="block", activation="group"),
@@ -122,7 +124,7 @@ def test_a_file_wins_over_no_bundled_name_of_the_same_spelling(tmp_path, monkeyp
 
 
 BAD_STEPS = {
-    "gptq": ("'gptq'", "smoothquant, w8a8, int8, llm-int8, fp8", "quantkit methods"),
+    "gptq": ("'gptq'", "smoothquant, w8a8, int8, int4, llm-int8, fp8", "quantkit methods"),
     "": ("''", "w8a8"),
     "W8A8": ("'W8A8'", "w8a8"),
     "w8a8:": ("''", "key=value"),

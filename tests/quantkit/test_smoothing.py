@@ -357,7 +357,7 @@ def test_the_searchs_product_is_that_of_the_quantized_layer(name):
     layout = formats.choose(scheme)
     layer = QuantizedLinear(256, 128, scheme, layout, bias=False, dtype=torch.float32)
     codes, scale = quantize_linear(weight, scheme)
-    top = {"int8": 127, "float8_e4m3fn": 448, "float8_e5m2": 57344}[scheme.weight_dtype]
+    top = {"int8": 127, "float8_e4m3fn": 448, "float8_e5m2": 57344}[scheme.code_dtype]
     static = (x.abs().max() / top).reshape(1) if scheme.is_static else None
     for leaf, value in layout.compress(scheme, codes, scale, static).items():
         layer._buffers[leaf] = value

