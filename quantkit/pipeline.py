@@ -20,9 +20,10 @@ from quantkit.checkpoint import Hub, Source, Tensors, open_folder, open_headers,
 from quantkit.compression import compress_stage
 from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
+from quantkit.durable import write_error, write_json, write_text
 from quantkit.errors import DataError, QuantkitError, RecipeError
 from quantkit.headers import NoPartsError
-from quantkit.identity import identity
+from quantkit.identity import identity, refuse_changed
 from quantkit.journal import Journal
 from quantkit.memory import peak_memory_bytes
 from quantkit.naming import float_layout
@@ -41,7 +42,7 @@ from quantkit.progress import Steps
 from quantkit.publishing import Publication
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.report import Report, model_card, write_report
-from quantkit.shards import ShardReader, ShardWriter, write_error, write_json, write_text
+from quantkit.shards import ShardReader, ShardWriter
 from quantkit.targets import counted
 from quantkit.texts import read, tokenize
 from quantkit.verification import verify
@@ -159,6 +160,7 @@ def quantize(
         writer = ShardWriter(folder, limit)
         journal = Journal(folder, writer, every=windows is not None)
         done = compress(plan, made, source, journal, place, windows, progress)
+        refuse_changed(source, known["model"])
         plan = replace(plan, targets=counted(plan.targets, done.layers))
         writer.finish()
         write_json(folder / "config.json", finished_config(source, plan))

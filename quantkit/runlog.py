@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from quantkit.durable import write_error
 from quantkit.memory import peak_memory_bytes
-from quantkit.shards import write_error
 
 log = logging.getLogger("quantkit")
 
