@@ -74,7 +74,7 @@ def download(name: str, hub: Hub, skip: Sequence[str]) -> Path:
     missing = [size for file, size in sizes.items() if cached(name, file, commit, hub) is None]
     try:
         with _counted(f"downloading {name}", sum(missing), hub.progress) as counter:
-            folder = Path(snapshot_download(name, tqdm_class=counter, **words))
+            folder = Path(patiently(lambda: snapshot_download(name, tqdm_class=counter, **words)))
     except failures() as error:
         raise CheckpointError(f"{name} cannot be downloaded: {explain(error, name, hub)}") from error
     if folder.name != commit:

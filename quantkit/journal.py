@@ -1,25 +1,28 @@
 """The journal of a run: which stages are finished and durable, so that a run that was stopped goes on after them.
 
 It lies in a folder of its own beside the written tensors. A record names stages and the files that hold their tensors;
-it is written once those are durable, under a temporary name, synced and renamed. What no record names is done again.
+it is written once those are durable, under a temporary name, synced and renamed. What no record names is done again,
+and so is what isn't whole any more: every record carries a hash of itself, and of all tensors that it names.
 """
 
+import hashlib
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantkit.durable import put, sync, write_json, writing
 from quantkit.errors import CheckpointError
 from quantkit.memory import peak_memory_bytes
 from quantkit.outcome import GroupReport, LayerReport, Outcome
-from quantkit.shards import Part, ShardWriter, read_tensors, sync, write_json, write_tensors
+from quantkit.shards import Part, ShardWriter, checksum, is_whole, read_tensors, write_tensors
 
 STATE = "quantkit_state"
 FINGERPRINT = "fingerprint.json"
@@ -56,6 +59,7 @@ class Journal:
         self._stages: dict[str, Outcome] = {}
         self._pending: dict[str, Outcome] = {}
         self._states: dict[str, Path] = {}
+        self._sums: dict[str, dict[str, str]] = {}
         self._parts = 0
         self._records = 0
         self.is_complete = (self.folder / COMPLETE).is_file()
@@ -65,29 +69,79 @@ class Journal:
         return len(self._stages)
 
     def _take_up(self) -> None:
-        """Read the records of a run that was stopped, as far as they go, and remove what belongs to none."""
-        try:
+        """Take what the records of a run that was stopped name, as far as it is whole, and remove all else.
+
+        Raises:
+            CheckpointError: something isn't whole, and what it was made of is gone: all stages were done.
+        """
+        damaged: Path | None = None
+        with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            while (path := self._record(self._records)).is_file():
-                record = json.loads(path.read_text(encoding="utf-8"))
-                parts = [Part(part["file"], tuple(part["tensors"]), part["nbytes"]) for part in record["parts"]]
-                if not self.is_complete and not all((self.writer.folder / part.file).is_file() for part in parts):
-                    break
-                self.writer.parts += parts
-                self.writer.checksums |= record["checksums"]
-                self._stages |= {name: outcome_of(value) for name, value in record["stages"].items()}
-                self._states |= {name: self.folder / file for name, file in record["states"].items()}
-                self.seconds, self.peak_memory_bytes = record["seconds"], record["peak_memory_bytes"]
-                self._records += 1
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.folder} is damaged ({error!r}); give --restart to begin anew, or another -o OUT"
-            ) from error
+        while damaged is None and (path := self._record(self._records)).is_file():
+            damaged = self._read(path)
+        if self.is_complete:
+            damaged = damaged or self._damaged_end()
+            if damaged is not None:
+                raise CheckpointError(
+                    f"{damaged} is not as it was written; check the disk, and give --restart to begin anew"
+                )
+        elif damaged is not None:
+            log.warning("%s is not as it was written; what was finished from there on is done again", damaged)
         self._parts = len(self.writer.parts)
-        if not self.is_complete:
-            named = {part.file for part in self.writer.parts}
-            for path in self.writer.folder.glob("part-*"):
-                if path.name not in named:
+        self._tidy()
+
+    def _read(self, path: Path) -> Path | None:
+        """Take what a record names; a file that isn't as it was written, or None."""
+        try:
+            record = read_whole(path)
+            parts = [Part(part["file"], tuple(part["tensors"]), part["nbytes"]) for part in record["parts"]]
+            stages = {name: outcome_of(value) for name, value in record["stages"].items()}
+            states: dict[str, Path] = {name: self.folder / file for name, file in record["states"].items()}
+            checksums, kept = record["checksums"], record["state_checksums"]
+            seconds, peak = record["seconds"], record["peak_memory_bytes"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return path
+        if not self.is_complete:  # then parts may be shards already, and no state is needed
+            for part in parts:
+                if not is_whole(self.writer.folder / part.file, {name: checksums[name] for name in part.tensors}):
+                    return self.writer.folder / part.file
+            for name, state in states.items():
+                if not is_whole(state, kept[name]):
+                    return state
+        self.writer.parts += parts
+        self.writer.checksums |= checksums
+        self._stages |= stages
+        self._states |= states
+        self.seconds, self.peak_memory_bytes = seconds, peak
+        self._records += 1
+        return None
+
+    def _damaged_end(self) -> Path | None:
+        """A file of a run whose stages are all done that isn't as it was written, or None."""
+        path = self.folder / COMPLETE
+        try:
+            if read_whole(path)["records"] != self._records:
+                return self._record(self._records)
+        except (OSError, ValueError, KeyError, TypeError):
+            return path
+        for file, group in self.writer.shards().items():
+            if (self.writer.folder / file).exists():
+                if not self.writer.is_whole(file, group):
+                    return self.writer.folder / file
+                continue
+            for part in group:
+                if not self.writer.is_whole(part.file, [part]):
+                    return self.writer.folder / part.file
+        return None
+
+    def _tidy(self) -> None:
+        """Remove what a run that was stopped left half-written, and what is to be done again."""
+        named = {part.file for part in self.writer.parts} | {path.name for path in self._states.values()}
+        named |= {self._record(number).name for number in range(self._records)}
+        for path in (*self.writer.folder.iterdir(), *self.folder.iterdir()):
+            ours = path.name.startswith(("part-", "record-", "state-", ".tmp")) or path.suffix == ".tmp"
+            if ours and path.name not in named and path.is_file():
+                with writing(path):
                     path.unlink()
 
     @contextmanager
@@ -113,7 +167,10 @@ class Journal:
         path = self.folder / f"{name}.json"
         if not path.is_file():
             write_whole(path, dict(value))
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = read_whole(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not as it was written ({error}); give --restart to begin anew") from error
         return found
 
     def _record(self, number: int) -> Path:
@@ -145,8 +202,10 @@ class Journal:
         log.info("%s: %d layers, %.1f s, %.0f MB peak memory", stage, len(outcome.layers), seconds, peak)
         if state:
             path = self.folder / f"state-{len(self._states):05d}.safetensors"
-            write_tensors(path, {name: value.detach().cpu().contiguous() for name, value in state.items()})
+            kept = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+            write_tensors(path, kept)
             self._states[stage] = path
+            self._sums[stage] = {name: checksum(value) for name, value in kept.items()}
         self._pending[stage] = outcome
         if self.every:
             self.writer.write()
@@ -163,6 +222,7 @@ class Journal:
             "parts": [asdict(part) for part in parts],
             "checksums": {name: self.writer.checksums[name] for name in names},
             "states": {name: self._states[name].name for name in self._pending if name in self._states},
+            "state_checksums": {name: self._sums[name] for name in self._pending if name in self._sums},
             "seconds": self.seconds + time.monotonic() - self._started,
             "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory_bytes() or 0),
         }
@@ -181,11 +241,26 @@ class Journal:
 
 
 def write_whole(path: Path, value: Any) -> None:
-    """Write a JSON file that is whole and durable when it appears."""
+    """Write a JSON file that is whole and durable when it appears, and says a hash of itself."""
     temporary = path.with_suffix(".tmp")
-    write_json(temporary, value)
-    temporary.replace(path)
-    sync(path.parent)
+    write_json(temporary, {"hash": _hash(value), "content": value})
+    put(temporary, path)
+
+
+def read_whole(path: Path) -> Any:
+    """What `write_whole` wrote, or ValueError when a byte of it is another, or OSError."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        content = read["content"]
+        if set(read) != {"hash", "content"} or read["hash"] != _hash(content):
+            raise ValueError("it is not as it was written")
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError("it is not as it was written") from error
+    return content
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def outcome_of(values: Mapping[str, Any]) -> Outcome:
@@ -195,30 +270,57 @@ def outcome_of(values: Mapping[str, Any]) -> Outcome:
     return Outcome(layers, groups, list(values["notes"]))
 
 
-def begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Return nothing; the folder's journal belongs to this fingerprint from now on.
+def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Return nothing; raise CheckpointError when the folder's journal belongs to another fingerprint, or is damaged.
 
-    Raises:
-        CheckpointError: it belongs to another; what differs is named.
+    What differs is named.
     """
     path = folder / STATE / FINGERPRINT
-    wanted = json.loads(json.dumps(fingerprint))
     if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, wanted)
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        different = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
-    except (OSError, ValueError, AttributeError) as error:
+        found = read_whole(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); give --restart to begin anew") from error
-    if different:
-        key = different[0]
-        then, now = _short(found.get(key)), _short(wanted.get(key))
+    difference = _difference(found, _plain(fingerprint))
+    if difference is not None:
+        key, then, now = difference
         raise CheckpointError(
-            f"{folder} was begun with another {key} ({then}, now {now}); give the same command to go on, --restart to "
-            "begin anew, or another -o OUT"
+            f"{folder} was begun with another {key} ({_short(then)}, now {_short(now)}); give the same command to go "
+            "on, --restart to begin anew, or another -o OUT"
         )
+
+
+def begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Return nothing; the folder's journal belongs to this fingerprint from now on, if it belongs to none.
+
+    Raises:
+        CheckpointError: it belongs to another, or can't be written.
+    """
+    refuse_other(folder, fingerprint)
+    path = folder / STATE / FINGERPRINT
+    if path.is_file():
+        return
+    forget(folder)  # records of which nobody knows what run they are of
+    with writing(path.parent):
+        path.parent.mkdir(exist_ok=True)
+    sync(folder)
+    write_whole(path, _plain(fingerprint))
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The key at which two values differ first, and what each has there; a file's name is a key."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return None if found == wanted else (key or "fingerprint", found, wanted)
+    for each in {**wanted, **found}:
+        inner = _difference(found.get(each), wanted.get(each), f"{key}: {each}" if key else each)
+        if inner is not None:
+            return inner
+    return None
 
 
 def _short(value: Any) -> str:
@@ -228,9 +330,13 @@ def _short(value: Any) -> str:
 
 def records(folder: Path) -> int:
     """How many records of finished stages a folder holds."""
-    return len(list((folder / STATE).glob("record-*.json")))
+    state = folder / STATE
+    return len(list(state.glob("record-*.json"))) if (state / FINGERPRINT).is_file() else 0
 
 
 def forget(folder: Path) -> None:
-    """Remove the journal."""
-    shutil.rmtree(folder / STATE, ignore_errors=True)
+    """Remove the journal; without its fingerprint, which goes first, what is left of it counts for nothing."""
+    with writing(folder / STATE):
+        (folder / STATE / FINGERPRINT).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # it isn't there, or another process removes it, too
+            shutil.rmtree(folder / STATE)

@@ -3,20 +3,22 @@
 While a run writes, everything lies in a folder beside it, from which a run that was stopped goes on.
 """
 
+import errno
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from quantkit import journal
+from quantkit.durable import sync, write_error, writing
 from quantkit.errors import CheckpointError
-from quantkit.shards import sync
 
 MARKER = "quantkit_partial"
+PARTIAL = ".partial"
 
 log = logging.getLogger("quantkit")
 
@@ -29,6 +31,11 @@ def refuse_existing(output: str | Path) -> Path:
         if path.is_mount() or path.resolve() == Path.cwd():
             kind = "a mount point" if path.is_mount() else "the folder that you are in"
             raise CheckpointError(f"{path} is {kind}, and the result replaces its folder; give a new folder as -o OUT")
+        if path.name.endswith(PARTIAL):
+            raise CheckpointError(
+                f"{path} ends in {PARTIAL}, as the folders of unfinished work do; give another -o OUT"
+            )
+        _partial(path).exists()  # its name is longer, and may be too long
         tidy(path)
         taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
     except (OSError, RuntimeError) as error:
@@ -57,7 +64,7 @@ def refuse_full_disk(output: Path, needed: int) -> None:
 
 
 def _partial(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
+    return output.with_name(output.name + PARTIAL)
 
 
 @contextmanager
@@ -78,32 +85,54 @@ def partial_folder(output: Path, fingerprint: Mapping[str, Any], *, restart: boo
             is writing in it.
     """
     partial = _partial(output)
-    lock = FileLock(str(partial / MARKER), timeout=0)
-    left = partial.exists()
+    lock = _locked(partial)
     try:
-        if left and not (partial / MARKER).is_file():
+        if journal.records(partial) and not restart:
+            journal.refuse_other(partial, fingerprint)
+        with _kept_if_worth_it(partial):
+            refuse_existing(output)
+            if restart or not journal.records(partial):
+                if _empty(partial):
+                    log.warning("%s is left from a run that was stopped; starting anew", partial)
+            else:
+                log.warning("%s is left from a run that was stopped; going on from there", partial)
+            sync(partial.absolute().parent)
+            journal.begin(partial, fingerprint)
+            yield partial
+            _make_durable(partial)
+            _put_in_place(partial, output)
+        try:
+            tidy(output)
+        except CheckpointError as error:
+            log.warning("%s is whole, but what its run kept there is not removed yet: %s", output, error)
+    finally:
+        lock.release()
+
+
+def _locked(partial: Path) -> FileLock:
+    """The lock of a partial folder, held; the folder is made if need be."""
+    lock = FileLock(str(partial / MARKER), timeout=0)
+    try:
+        there = partial.exists() or partial.is_symlink()
+        # An empty one is left by a kill between its making and the marker's.
+        if there and not (partial / MARKER).is_file() and not (partial.is_dir() and not any(partial.iterdir())):
             raise CheckpointError(f"{partial} exists and isn't quantkit's; move it away or give another -o OUT")
         partial.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise CheckpointError(f"another run is writing to {partial}; wait for it, or give another -o OUT") from error
     except OSError as error:
-        raise CheckpointError(f"{partial} cannot be made: {error.strerror}; give another -o OUT") from error
-    try:
-        refuse_existing(output)
-        if left and (restart or not journal.records(partial)):
-            log.warning("%s is left from a run that was stopped; starting anew", partial)
-            _empty(partial)
-        journal.begin(partial, fingerprint)
-        if left and journal.records(partial):
-            log.warning("%s is left from a run that was stopped; going on from there", partial)
-        with _kept_if_worth_it(partial):
-            yield partial
-            sync(partial)
-            _put_in_place(partial, output)
-        tidy(output)
-    finally:
-        lock.release()
+        with suppress(OSError):
+            partial.rmdir()  # an empty one
+        raise _not_made(error, partial) from error
+    return lock
+
+
+def _not_made(error: OSError, path: Path) -> CheckpointError:
+    """The error for a folder that can't be made or renamed: because of its disk, or of its place."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        return write_error(error, path)
+    return CheckpointError(f"{path} cannot be made: {error.strerror}; give another -o OUT")
 
 
 @contextmanager
@@ -115,25 +144,46 @@ def _kept_if_worth_it(partial: Path) -> Iterator[None]:
         if journal.records(partial):
             log.warning("what is finished is kept in %s: the same command goes on from there", partial)
         else:
-            _empty(partial)
+            with suppress(CheckpointError):
+                _empty(partial)
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def tidy(output: Path) -> None:
-    """Remove what a finished run leaves in its output when it is stopped just after the last rename."""
+    """Remove what a finished run leaves in its output when it is stopped just after the last rename.
+
+    The marker goes last, when all else is gone for good: with it the next run knows what is to be removed.
+    """
     if (output / MARKER).is_file():
         journal.forget(output)
-        (output / MARKER).unlink(missing_ok=True)
+        sync(output)
+        with writing(output):
+            (output / MARKER).unlink(missing_ok=True)
 
 
-def _empty(partial: Path) -> None:
-    """Remove everything but the marker, which goes last: what a kill leaves behind stays known as ours."""
-    for path in partial.iterdir() if partial.is_dir() else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != MARKER:
-            path.unlink(missing_ok=True)
+def _empty(partial: Path) -> bool:
+    """Whether there was something to remove but the marker, which stays: what a kill leaves is known as ours.
+
+    The journal goes first: nothing that is half removed is taken for finished.
+    """
+    with writing(partial):
+        found = [path for path in partial.iterdir() if path.name != MARKER] if partial.is_dir() else []
+        journal.forget(partial)
+        for path in (path for path in found if path.name != journal.STATE):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    return bool(found)
+
+
+def _make_durable(partial: Path) -> None:
+    """Sync every file of the finished folder, those that others wrote too, and the folders."""
+    for path in sorted(partial.rglob("*"), reverse=True):  # a folder comes after what is in it
+        if path.name != MARKER and not path.is_symlink() and path.parent.name != journal.STATE:
+            sync(path)
+    sync(partial)
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
@@ -141,5 +191,8 @@ def _put_in_place(partial: Path, output: Path) -> None:
     try:
         partial.rename(output)
     except OSError as error:
-        raise CheckpointError(f"{output} cannot be made ({error.strerror}); give another -o OUT") from error
-    sync(output.absolute().parent)
+        raise _not_made(error, output) from error
+    try:
+        sync(output.absolute().parent)
+    except CheckpointError as error:
+        raise CheckpointError(f"{output} is written and verified, and a power cut may take it away: {error}") from error

@@ -21,10 +21,11 @@ from quantkit.checkpoint import Hub, Source, Tensors, open_folder, open_headers,
 from quantkit.compression import compress_stage
 from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
+from quantkit.durable import write_error, write_json, write_text
 from quantkit.errors import DataError, QuantkitError, RecipeError
 from quantkit.footprint import Batching, footprint
 from quantkit.headers import NoPartsError
-from quantkit.identity import identity
+from quantkit.identity import identity, refuse_changed
 from quantkit.journal import Journal, records
 from quantkit.memory import peak_memory_bytes
 from quantkit.naming import float_layout
@@ -44,7 +45,7 @@ from quantkit.publishing import Publication
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.report import Report, model_card, write_report
 from quantkit.runlog import RunLog, log_path
-from quantkit.shards import ShardReader, ShardWriter, write_error, write_json, write_text
+from quantkit.shards import ShardReader, ShardWriter
 from quantkit.targets import counted
 from quantkit.texts import read, tokenize
 from quantkit.verification import verify
@@ -168,29 +169,18 @@ def quantize(
     foreseen = footprint(source, plan, made, shape, place, allowed)
     with partial_folder(target, known, restart=restart) as folder:
         finished = records(folder)
-        with RunLog(log_path(target), anew=not finished) as run:
+        with RunLog(log_path(target), anew=not finished, worth=lambda: records(folder)) as run:
             words = {"model": source.name, "recipe": made.to_dict(), "version": __version__, "pid": os.getpid()}
             run.write("resume" if finished else "start", **words, memory=foreseen.to_dict(), records=finished)
-            writer = ShardWriter(folder, limit)
-            journal = Journal(folder, writer, every=windows is not None, tell=run.write)
+            journal = Journal(folder, ShardWriter(folder, limit), every=windows is not None, tell=run.write)
             batching = None
-            if (
-                foreseen.batching is not None
-            ):  # a run that is taken up goes on as it was begun, or its bits would differ
+            if foreseen.batching is not None:  # as a run was begun it goes on, or its bits would differ
                 batching = Batching(**journal.setting("batching", asdict(foreseen.batching)))
             done = compress(plan, made, source, journal, place, windows, batching, progress)
+            refuse_changed(source, known["model"])
             plan = replace(plan, targets=counted(plan.targets, done.layers))
-            with journal.step("all", "write"):
-                writer.finish()
-                write_json(folder / "config.json", finished_config(source, plan))
-                copy_files(source, folder)
-                write_text(folder / RECIPE_FILE, made.to_json())
-            with journal.step("all", "verify"):
-                verified = verify(folder, plan, writer.checksums, progress=progress)
-            report = Report.of(source, made, plan, done, writer.nbytes, verified)
+            report = _finished(folder, source, made, plan, done, journal, progress)
             report.seconds = journal.seconds + time.monotonic() - started
-            peak = peak_memory_bytes()
-            report.peak_memory_bytes = None if peak is None else max(peak, journal.peak_memory_bytes)
             report.predicted_memory_bytes = foreseen.host_bytes
             write_text(folder / "README.md", model_card(report, source))
             write_report(folder, report)
@@ -206,6 +196,24 @@ def quantize(
         write_text(target / "README.md", model_card(report, source))
     if publication is not None:
         report.pushed = publication.push(target, progress)
+    return report
+
+
+def _finished(
+    folder: Path, source: Source, recipe: Recipe, plan: Plan, done: Outcome, journal: Journal, progress: bool
+) -> Report:
+    """The report of a checkpoint whose stages are all written: its shards and other files are made, and read back."""
+    writer = journal.writer
+    with journal.step("all", "write"):
+        writer.finish()
+        write_json(folder / "config.json", finished_config(source, plan))
+        copy_files(source, folder)
+        write_text(folder / RECIPE_FILE, recipe.to_json())
+    with journal.step("all", "verify"):
+        verified = verify(folder, plan, writer.checksums, progress=progress)
+    report = Report.of(source, recipe, plan, done, writer.nbytes, verified)
+    peak = peak_memory_bytes()
+    report.peak_memory_bytes = None if peak is None else max(peak, journal.peak_memory_bytes)
     return report
 
 

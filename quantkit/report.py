@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import Source
+from quantkit.durable import put, write_json
 from quantkit.outcome import GroupReport, LayerReport, Outcome
 from quantkit.planning import LeftAlone, PatternMatch, Plan
 from quantkit.recipe import Recipe
-from quantkit.shards import write_json
 from quantkit.version import __version__
 
 REPORT_FILE = "quantkit_report.json"
@@ -221,7 +221,7 @@ def write_report(folder: Path, report: Report) -> None:
     """Write `quantkit_report.json`."""
     temporary = folder / f".{REPORT_FILE}.tmp"
     write_json(temporary, report.to_dict())
-    temporary.replace(folder / REPORT_FILE)
+    put(temporary, folder / REPORT_FILE)
 
 
 def model_card(report: Report, source: Source) -> str:

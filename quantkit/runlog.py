@@ -1,15 +1,20 @@
 """The log of a run: one JSON object a line, in a file beside the output, written as things happen."""
 
+import errno
 import json
 import logging
+import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from quantkit.durable import writing
+from quantkit.errors import CheckpointError
 from quantkit.memory import peak_memory_bytes
-from quantkit.shards import write_error
 
 log = logging.getLogger("quantkit")
 
@@ -24,21 +29,22 @@ class RunLog(logging.Handler):
 
     Every line has `time` (UTC, ISO 8601), `event` (`start`, `resume`, `step`, `stage`, `warning`, `error`, `finish`),
     `elapsed` (seconds of this process's run) and `peak_memory_bytes` (VmHWM); the rest depends on the event. A line is
-    written as a whole and flushed; it is not synced, which would cost more than it is worth.
+    written as a whole; it is not synced, which would cost more than it is worth.
 
     Args:
         path: the file.
         anew: whether to begin the file anew, or to go on in it.
+        worth: asked on an error: whether the run leaves something, or else its log goes as well.
     """
 
-    def __init__(self, path: Path, *, anew: bool) -> None:
+    def __init__(self, path: Path, *, anew: bool, worth: Callable[[], object] = lambda: True) -> None:
         super().__init__(logging.WARNING)
-        self.path = path
+        self.path, self._worth = path, worth
         self._started = time.monotonic()
-        try:
-            self._file = path.open("w" if anew else "a", encoding="utf-8")
-        except OSError as error:
-            raise write_error(error, path) from error
+        with writing(path):
+            self._file = path.open("wb" if anew else "ab", buffering=0)  # a line is written as a whole, and at once
+            if self._file.tell() and path.read_bytes()[-1:] != b"\n":  # a line that a full disk cut off
+                self._file.write(b"\n")
 
     def write(self, event: str, **fields: Any) -> None:
         """Write one line."""
@@ -49,11 +55,10 @@ class RunLog(logging.Handler):
             "elapsed": round(time.monotonic() - self._started, 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise write_error(error, self.path) from error
+        text = json.dumps(line).encode() + b"\n"
+        with writing(self.path):
+            if self._file.write(text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a warning."""
@@ -68,8 +73,12 @@ class RunLog(logging.Handler):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         log.removeHandler(self)
-        try:
-            if error is not None:
-                self.write("error", kind=type(error).__name__, message=str(error))
-        finally:
+        if error is None:
             self._file.close()
+            return
+        with suppress(CheckpointError, OSError):  # what went wrong is said, and not that this can't be written either
+            self.write("error", kind=type(error).__name__, message=str(error))
+        with suppress(OSError):
+            self._file.close()
+            if not self._worth():
+                self.path.unlink(missing_ok=True)

@@ -1,20 +1,19 @@
 """Safetensors files: reading a checkpoint tensor by tensor, and writing one shard by shard. Knows no model."""
 
 import hashlib
-import json
 import math
-import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from quantkit.durable import put, write_json, writing
 from quantkit.errors import CheckpointError
 from quantkit.untrusted import is_plain_file, name_trouble, read_json, shown, unambiguous
 
@@ -105,18 +104,12 @@ class ShardReader:
         return read_tensor(self.tensors[name].path, name)
 
     def checksum(self, name: str) -> str:
-        """`checksum` of the tensor of that name as it lies on disk, read in small pieces and never held whole."""
-        info = self.tensors[name]
-        digest, left, piece = _digest(info.dtype, info.shape), info.nbytes, bytearray(PIECE)
+        """`checksum` of the tensor of that name as it lies on disk."""
         try:
-            with info.path.open("rb", buffering=0) as file:
-                file.seek(info.start)
-                while left and (count := file.readinto(memoryview(piece)[:left])):
-                    digest.update(memoryview(piece)[:count])
-                    left -= count
+            return stored_checksum(self.tensors[name])
         except OSError as error:
-            raise CheckpointError(f"tensor {name!r} of shard {info.path} cannot be read: {error}") from error
-        return digest.hexdigest()
+            path = self.tensors[name].path
+            raise CheckpointError(f"tensor {name!r} of shard {path} cannot be read: {error}") from error
 
     @property
     def nbytes(self) -> int:
@@ -270,6 +263,29 @@ def checksum(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def stored_checksum(info: TensorInfo) -> str:
+    """`checksum` of a tensor as it lies on disk, read in small pieces and never held whole, or OSError."""
+    digest, left, piece = _digest(info.dtype, info.shape), info.nbytes, bytearray(PIECE)
+    with info.path.open("rb", buffering=0) as file:
+        file.seek(info.start)
+        while left and (count := file.readinto(memoryview(piece)[:left])):
+            digest.update(memoryview(piece)[:count])
+            left -= count
+    return digest.hexdigest()
+
+
+def is_whole(path: Path, checksums: Mapping[str, str]) -> bool:
+    """Whether a file holds the tensors that these are the checksums of, every byte of them, and no other."""
+    try:
+        found = _header(path)
+        if found.keys() != checksums.keys():
+            return False
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # neither reading nor hashing holds the interpreter
+            return dict(zip(found, pool.map(stored_checksum, found.values()), strict=True)) == checksums
+    except (CheckpointError, OSError):
+        return False
+
+
 def _digest(dtype: torch.dtype, shape: Sequence[int]) -> "hashlib._Hash":
     """The hash of a tensor before its bytes."""
     return hashlib.sha256(f"{dtype} {tuple(shape)}".encode())
@@ -355,33 +371,44 @@ class ShardWriter:
         part = next(part for part in self.parts if name in part.tensors)
         return read_tensor(self.folder / part.file, name)
 
+    def shards(self) -> dict[str, list[Part]]:
+        """The final shards' names, each with the parts that it is made of."""
+        groups = list(grouped(self.parts, self._smallest, self.max_shard_bytes))
+        if len(groups) == 1:
+            return {SINGLE: groups[0]}
+        return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, 1)}
+
+    def is_whole(self, file: str, parts: Sequence[Part]) -> bool:
+        """Whether a file holds what was written in these parts, by the checksums."""
+        return is_whole(self.folder / file, {name: self.checksums[name] for part in parts for name in part.tensors})
+
     def finish(self) -> None:
         """Write the rest, make the final shards and their index (none for a single shard).
 
         A shard that is there already was made of its parts by a run that was stopped.
         """
         self.write()
-        groups = list(grouped(self.parts, self._smallest, self.max_shard_bytes))
         weight_map: dict[str, str] = {}
-        for number, group in enumerate(groups, start=1):
-            final = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        for final, group in self.shards().items():
             self._make_shard(self.folder / final, group)
             weight_map |= {name: final for part in group for name in part.tensors}
-        if len(groups) > 1:
+        if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self.folder / INDEX, index)
 
     def _make_shard(self, final: Path, group: Sequence[Part]) -> None:
         paths = [self.folder / part.file for part in group]
         if not final.exists() and len(paths) == 1:
-            paths[0].replace(final)
+            with writing(final):
+                paths[0].replace(final)
         elif not final.exists():
             found = {
                 name: read_tensor(path, name) for path, part in zip(paths, group, strict=True) for name in part.tensors
             }
             write_tensors(final, found)
         for path in paths:
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.unlink(missing_ok=True)
 
 
 def grouped(parts: Sequence[Part], smallest: int, largest: int) -> Iterator[list[Part]]:
@@ -405,16 +432,17 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file that is whole and durable when it appears, or raise CheckpointError."""
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        # safetensors 0.8 puts a file in its place that only its owner may read.
-        temporary.chmod(mode)
-    except (SafetensorError, OSError) as error:
-        raise write_error(error, path) from error
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+        with writing(path):
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            # safetensors 0.8 puts a file in its place that only its owner may read.
+            temporary.chmod(mode)
+        put(temporary, path)
+    except CheckpointError:
+        with suppress(OSError):  # it would take room on a full disk
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -430,37 +458,3 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
             return tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"tensor {name!r} of shard {path} cannot be read: {error}; fetch it again") from error
-
-
-def write_error(error: Exception, path: Path) -> CheckpointError:
-    """The error for a failed write; a full disk is told as one."""
-    text = str(error)
-    full = getattr(error, "errno", None) == 28 or "No space left" in text or "os error 28" in text
-    if full:
-        return CheckpointError(f"no space is left on the disk of {path.parent}; free some or give another -o OUT")
-    return CheckpointError(f"{path} cannot be written: {text}; check the folder's permissions")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and sync it, or raise CheckpointError."""
-    try:
-        path.write_text(text, encoding="utf-8")
-        sync(path)
-    except OSError as error:
-        raise write_error(error, path) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON and sync it."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def sync(path: Path) -> None:
-    """Make a file or folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        os.close(handle)

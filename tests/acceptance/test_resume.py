@@ -25,7 +25,8 @@ def contents(folder):
     """Every file's bytes, but for the report's seconds and memory."""
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     report = json.loads(found.pop("quantkit_report.json"))
-    del report["seconds"], report["peak_memory_bytes"]
+    for key in ("seconds", "peak_memory_bytes", "predicted_memory_bytes"):
+        del report[key]
     return found | {"quantkit_report.json": report}
 
 

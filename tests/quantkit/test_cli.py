@@ -75,7 +75,7 @@ def test_flags_are_the_keywords_of_the_function():
     from quantkit.pipeline import foresee, planned
 
     for name, functions, more, fewer in (
-        ("quantize", (quantize,), {"as_json"}, {"tokenizer", "progress"}),
+        ("quantize", (quantize,), {"as_json", "log_level"}, {"tokenizer"}),
         ("plan", (foresee, planned), {"as_json", "explain"}, {"arguments"}),
     ):
         keywords = {keyword for function in functions for keyword in inspect.signature(function).parameters}

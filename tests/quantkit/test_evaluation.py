@@ -454,11 +454,13 @@ def test_the_command_hands_every_flag_on(monkeypatch: pytest.MonkeyPatch) -> Non
         "--token": "t",
         "--cache-dir": "c",
     }
-    line = ["m", "--dataset", "s", "--json", "--trust-remote-code", *(word for pair in flags.items() for word in pair)]
+    switches = ["--json", "--trust-remote-code", "--restart", "--quiet"]
+    line = ["m", "--dataset", "s", *switches, *(word for pair in flags.items() for word in pair)]
     assert CliRunner().invoke(command, line, catch_exceptions=False).exit_code == 0
     numbers = {"seq_len": 7, "max_tokens": 70, "batch_size": 3, "num_fewshot": 2, "limit": 9}
     words = {key.removeprefix("--").replace("-", "_"): value for key, value in flags.items()}
     expected = words | numbers | {"model": "m", "dataset": "s", "tasks": ["x", "y"], "trust_remote_code": True}
+    expected |= {"restart": True, "progress": False}
     assert seen == expected
 
 

@@ -39,8 +39,10 @@ def codes_of(tensors, module):
     if f"{module}.weight" in tensors:
         return tensors[f"{module}.weight"]
     out_features, in_features = tensors[f"{module}.weight_shape"].tolist()
-    raw = tensors[f"{module}.weight_packed"].contiguous().view(torch.uint8)
-    return raw.to(torch.int16)[:out_features, :in_features] - 128
+    raw = tensors[f"{module}.weight_packed"].contiguous().view(torch.uint8).to(torch.int16)
+    if raw.shape[1] < in_features:  # two codes a byte, the first in the lower half
+        return torch.stack([raw & 15, raw >> 4], dim=-1).flatten(1)[:out_features, :in_features] - 8
+    return raw[:out_features, :in_features] - 128
 
 
 def scale_of(tensors, module):

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantkit import shards
+from quantkit.durable import write_json
 from quantkit.errors import CheckpointError
-from quantkit.shards import DTYPES, INDEX, SINGLE, ShardReader, ShardWriter, checksum, write_json
+from quantkit.shards import DTYPES, INDEX, SINGLE, ShardReader, ShardWriter, checksum
 
 MANY = {
     "a.float": torch.randn(3, 5),

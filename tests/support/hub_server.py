@@ -108,6 +108,7 @@ class HubServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that went away
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         self.storage = f"http://localhost:{self._server.server_port}"
 
