@@ -134,6 +134,16 @@ class Recipe:
         return tuple(step for step in self.steps if not method_class(step.name).quantizes)
 
     @property
+    def pruning(self) -> Step | None:
+        """The step that sets weights to zero, or None."""
+        return next((step for step in self.transforms if method_class(step.name).prunes), None)
+
+    @property
+    def smooths(self) -> bool:
+        """Whether a step moves factors between weights, for which it must be known what feeds what."""
+        return any(not method_class(step.name).prunes for step in self.transforms)
+
+    @property
     def observes(self) -> bool:
         """Whether a step needs calibration data."""
         return any(method_class(step.name)().observes(step.parameters) for step in self.steps)

@@ -21,6 +21,8 @@ def command(as_json: bool) -> None:
         click.echo(f"{name}: {method.summary}")
         for parameter in method.parameters:
             click.echo(f"    {parameter.name}={parameter.values}: {parameter.help}")
+        if method.cost:
+            click.echo(f"    cost: {method.cost}")
         click.echo(f"    paper: {method.paper}\n")
     click.echo("recipes (--recipe NAME):")
     for name, steps in _recipes().items():
@@ -32,7 +34,8 @@ def _described(name: str) -> dict[str, object]:
     parameters = [
         {"name": p.name, "values": list(p.choices), "other": p.other or None, "help": p.help} for p in method.parameters
     ]
-    return {"name": name, "summary": method.summary, "parameters": parameters, "paper": method.paper}
+    words = {"name": name, "summary": method.summary, "parameters": parameters, "paper": method.paper}
+    return words | ({"cost": method.cost} if method.cost else {})
 
 
 def _recipes() -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from quantkit.methods.base import Method, Parameter
 
 METHODS = {
     "smoothquant": "quantkit.methods.smoothquant:SmoothQuant",
+    "sparse24": "quantkit.methods.sparse24:Sparse24",
     "w8a8": "quantkit.methods.w8a8:W8A8",
     "int8": "quantkit.methods.int8:Int8",
     "int4": "quantkit.methods.int4:Int4",

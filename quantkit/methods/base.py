@@ -78,13 +78,17 @@ class Method(ABC):
         summary: one line for `quantkit methods`.
         paper: where it is described.
         parameters: everything that a step may set.
+        cost: what it cost in the papers, for methods of which that must be said; or empty.
         quantizes: whether it replaces linear layers by quantized ones (at most one such step in a recipe).
+        prunes: whether it sets weights to zero.
     """
 
     summary: ClassVar[str]
     paper: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
+    cost: ClassVar[str] = ""
     quantizes: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
 
     @abstractmethod
     def scheme(self, parameters: Mapping[str, str]) -> Scheme | None:
