@@ -2,9 +2,9 @@
 
     python tests/oracles/make_fixtures.py FIXTURE...     (or the name of a writer, for all that it writes)
 
-Each writer wants an environment of its own (`pip install llmcompressor==0.14.0.1`, or the oracles of pyproject.toml),
-and none of them needs quantkit. A fixture is a folder as its writer saved it, and beside it
-`<name>.expected.safetensors`:
+Each writer wants an environment of its own (`pip install llmcompressor==0.14.0.1`, or the oracles of pyproject.toml;
+for `sparse-24-bitmask` compressed-tensors 0.14.0.1, the last release that writes it), and none of them needs quantkit.
+A fixture is a folder as its writer saved it, and beside it `<name>.expected.safetensors`:
 
     tokens            int64 [1, 8]
     logits            float32 [1, 8, V]: the decoded weights in a float32 model, activations in float
@@ -47,6 +47,7 @@ FOLDER = Path(__file__).parent / "fixtures"
 WRITERS = {
     "llm-compressor": ("llmcompressor", "compressed-tensors", "transformers", "torch"),
     "compressed-tensors": ("compressed-tensors", "transformers", "torch"),
+    "sparse-24-bitmask": ("compressed-tensors", "transformers", "torch"),
     "bitsandbytes": ("bitsandbytes", "transformers", "torch"),
 }
 """The packages whose versions are noted for each."""
@@ -128,6 +129,7 @@ def groups(*found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 llmc, direct = partial(Fixture, "llm-compressor"), partial(Fixture, "compressed-tensors")
+sparse = partial(Fixture, "sparse-24-bitmask")
 STATIC = {"weights": INT8["weights"], "input_activations": arguments(strategy="tensor", observer="static_minmax")}
 CACHE = arguments(**FLOAT, strategy="tensor", observer="static_minmax")
 GROUPS_OF_32 = arguments(num_bits=4, strategy="group", group_size=32)
@@ -187,6 +189,9 @@ FIXTURES = {
     "pack-quantized": direct(
         llama, groups({"weights": arguments(strategy="group", group_size=32), "format": "pack-quantized"})
     ),
+    "sparse24-bf16": sparse(llama),
+    "sparse24-int8": sparse(qwen2, groups(INT8 | {"format": "int-quantized"})),
+    "sparse24-fp8": sparse(llama, groups(FP8 | {"format": "float-quantized"}), torch.float16),
     "bitsandbytes": Fixture("bitsandbytes", qwen2, dtype=torch.float16),
     "bitsandbytes-opt": Fixture("bitsandbytes", opt, {"llm_int8_threshold": 2.0}, torch.float16),
 }
@@ -240,6 +245,17 @@ def with_llm_compressor(name: str, folder: Path) -> None:
 def with_compressed_tensors(name: str, folder: Path) -> None:
     """Through its own compressor, with the largest magnitude as the range."""
     from compressed_tensors.compressors import ModelCompressor
+
+    model = build(name)
+    apply_groups(name, model)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+
+
+def apply_groups(name: str, model: PreTrainedModel) -> None:
+    """Give a model's layers the schemes of a fixture's groups, and scales from the largest magnitudes."""
     from compressed_tensors.quantization import (
         QuantizationConfig,
         QuantizationStatus,
@@ -247,7 +263,7 @@ def with_compressed_tensors(name: str, folder: Path) -> None:
     )
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    model, found = build(name), FIXTURES[name].how
+    found = FIXTURES[name].how
     config = QuantizationConfig(
         config_groups=found,
         ignore=list(HEAD),
@@ -264,7 +280,24 @@ def with_compressed_tensors(name: str, folder: Path) -> None:
         values = weight.reshape(runs[getattr(args.strategy, "value", args.strategy)])
         scale, _ = calculate_qparams(values.amin(1, keepdim=True), values.amax(1, keepdim=True), args)
         module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
-    compressor = ModelCompressor.from_pretrained_model(model)
+
+
+def with_bitmasks(name: str, folder: Path) -> None:
+    """Through the compressor of 2:4 sparse weights that compressed-tensors had: the two largest of four are kept."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.config import Sparse24BitMaskConfig
+
+    model = build(name)
+    with torch.no_grad():
+        for key, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and key not in HEAD:
+                runs = module.weight.view(-1, 4)
+                runs.scatter_(1, runs.abs().topk(2, dim=1, largest=False).indices, 0.0)
+                module.weight[0, :4] = 0.0  # zeros that are stored as well
+    if FIXTURES[name].how:
+        apply_groups(name, model)
+    config = Sparse24BitMaskConfig(targets=["Linear"], ignore=list(HEAD), global_sparsity=0.5)
+    compressor = ModelCompressor.from_pretrained_model(model, sparsity_config_or_format=config)
     compressor.compress_model(model)
     model.save_pretrained(folder)
     compressor.update_config(folder)
@@ -293,6 +326,8 @@ def decoded(folder: Path, writer: str) -> dict[str, torch.Tensor]:
             f"{layer}.weight": int8_vectorwise_dequant(stored[f"{layer}.weight"], stored[f"{layer}.SCB"]).half()
             for layer in layers
         }
+    if writer == "sparse-24-bitmask":
+        return decoded_bitmasks(folder, stored)
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_targets
@@ -308,6 +343,22 @@ def decoded(folder: Path, writer: str) -> dict[str, torch.Tensor]:
         form = scheme.format or config.format
         compressor = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
         found[f"{layer}.weight"] = compressor.decompress(own, scheme)["weight"]
+    return found
+
+
+def decoded_bitmasks(folder: Path, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same of a 2:4 sparse checkpoint, whose codes are unpacked first."""
+    from compressed_tensors.compressors import sparse24_bitmask_decompress
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    found = {}
+    for layer in [key.removesuffix(".bitmask") for key in stored if key.endswith(".bitmask")]:
+        values, mask, shape = (stored[f"{layer}.{leaf}"] for leaf in ("compressed", "bitmask", "shape"))
+        is_fp8 = values.dtype == torch.float8_e4m3fn
+        raw = values.view(torch.int8) if is_fp8 else values
+        weight = sparse24_bitmask_decompress(raw, mask, shape.flatten().tolist()).view(values.dtype)
+        scale = stored.get(f"{layer}.weight_scale")
+        found[f"{layer}.weight"] = weight if scale is None else dequantize(weight, scale)
     return found
 
 
@@ -385,6 +436,7 @@ def main(words: list[str]) -> None:
     makers = {
         "llm-compressor": with_llm_compressor,
         "compressed-tensors": with_compressed_tensors,
+        "sparse-24-bitmask": with_bitmasks,
         "bitsandbytes": with_bitsandbytes,
     }
     for name in [name for name, fixture in FIXTURES.items() if {name, fixture.writer} & set(words)]:
