@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from quantkit_kernels import sparse24
 from quantkit_kernels.formats import FLOAT_DTYPES
 from safetensors import safe_open
 from torch import nn
@@ -106,7 +107,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in quantized_layers(model):
             for leaf, spec in layer.stored.items():
                 buffer = layer.get_buffer(leaf)
-                any_float = leaf.endswith(("scale", "outlier_weight"))
+                any_float = has_any_float(leaf, layer.scheme)
                 right = buffer.dtype in FLOAT_DTYPES if any_float else buffer.dtype == spec.dtype
                 if not right or tuple(buffer.shape) != spec.shape:
                     raise CheckpointError(
@@ -116,6 +117,12 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
                     )
             if "outlier_columns" in layer.stored:
                 _check_columns(f"{name}.outlier_columns", layer.get_buffer("outlier_columns"), layer.in_features)
+            places = next((leaf for leaf in PLACES if leaf in layer.stored), None)
+            if places is not None and not are_places(places, layer.get_buffer(places), layer.in_features):
+                raise CheckpointError(
+                    f"tensor '{name}.{places}' does not say of every four weights where two are; download the "
+                    "checkpoint again"
+                )
         use_eager_experts(model)
         return model
 
@@ -132,6 +139,26 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Yes: every layer is one op with a schema and a fake."""
         return True
+
+
+def has_any_float(leaf: str, scheme: Scheme) -> bool:
+    """Whether a layer's tensor may have any float dtype that the ops take: a scale, or a weight in float."""
+    return leaf.endswith(("scale", "outlier_weight")) or (scheme.is_float and leaf in ("weight", "compressed"))
+
+
+PLACES = ("weight_indices", "bitmask")
+"""The tensors that say where the weights of a 2:4 sparse layer stand."""
+
+
+def are_places(leaf: str, tensor: torch.Tensor, in_features: int) -> bool:
+    """Whether one of PLACES says of every four weights where just two stand, in their order."""
+    if leaf == "weight_indices":
+        return sparse24.are_ascending(tensor, in_features)
+    try:
+        sparse24.indices_of_bitmask(tensor, in_features)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_columns(name: str, columns: torch.Tensor, count: int) -> None:

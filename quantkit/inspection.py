@@ -24,10 +24,19 @@ from quantkit.checkpoint import (
 )
 from quantkit.errors import CheckpointError
 from quantkit.experts import put_experts, quantized_experts
-from quantkit.hf import Conversions, put_layers, quantized_layers, replace_linears
+from quantkit.hf import (
+    PLACES,
+    Conversions,
+    are_places,
+    has_any_float,
+    put_layers,
+    quantized_layers,
+    replace_linears,
+)
 from quantkit.linears import linear_modules
 from quantkit.naming import Origin, conversion_problems, names_of
 from quantkit.planning import FLOAT_DTYPES
+from quantkit.scheme import Scheme
 from quantkit.shards import ShardReader, TensorInfo
 
 
@@ -233,7 +242,7 @@ def _problems(source: Source, origins: dict[str, Origin], conversions: Conversio
             continue
         if tuple(want.shape) != info.shape:
             found.append(f"tensor {key!r} is {list(info.shape)} where {list(want.shape)} is expected")
-        elif name in quantized and not _is_dtype(info.dtype, want.dtype, key):
+        elif name in quantized and not _is_dtype(info.dtype, want.dtype, key, layers[name.rpartition(".")[0]].scheme):
             found.append(f"tensor {key!r} is {info.dtype} where {want.dtype} is expected")
         elif name in quantized:
             layer = layers[name.rpartition(".")[0]]
@@ -268,6 +277,10 @@ def _wrong_values(key: str, weights: Tensors, shape: list[int]) -> list[str]:
         return [f"{key!r} does not hold numbers of columns from 0 to {shape[1] - 1} in ascending order"]
     if leaf == "outlier_weight" and not bool(torch.isfinite(weights.get(key)).all()):
         return [f"{key!r} holds a number that is not finite"]
+    if leaf in PLACES and not are_places(leaf, weights.get(key), shape[1]):
+        return [f"{key!r} does not say of every four weights where two are"]
+    if leaf == "shape" and weights.get(key).flatten().tolist() != shape:
+        return [f"{key!r} says {weights.get(key).flatten().tolist()} where the layer is {shape}"]
     if leaf == "weight_format" and int(weights.get(key)):
         return [f"{key!r} is {int(weights.get(key))} where 0, which means rows, is expected"]
     return []
@@ -279,9 +292,9 @@ def _ascending(columns: torch.Tensor, count: int) -> bool:
     return bool((bounded.diff() > 0).all())
 
 
-def _is_dtype(found: torch.dtype, expected: torch.dtype, key: str) -> bool:
-    """Whether a tensor has its dtype; a scale, and a column in float, may have any float dtype that the ops take."""
-    return found in FLOAT_DTYPES if key.endswith(("scale", "outlier_weight")) else found == expected
+def _is_dtype(found: torch.dtype, expected: torch.dtype, key: str, scheme: Scheme) -> bool:
+    """Whether a tensor has its dtype; a scale, and what is in float, may have any float dtype that the ops take."""
+    return found in FLOAT_DTYPES if has_any_float(key.rpartition(".")[2], scheme) else found == expected
 
 
 def _positive(scale: torch.Tensor, codes: torch.Tensor | None = None) -> bool:

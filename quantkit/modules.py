@@ -21,7 +21,8 @@ def quantize_linear(
     """Codes [N, K] and their scale [N, G], [1] or [ceil(N / 128), ceil(K / 128)], as the scheme says.
 
     The scale is what `quantize_weight` finds, rounded to its dtype; codes are the weight / that rounded scale.
-    LLM.int8's scale is float32, the largest magnitude of the row / 127 (arXiv:2208.07339, equation 5).
+    LLM.int8's scale is float32, the largest magnitude of the row / 127 (arXiv:2208.07339, equation 5). Weights in float
+    are their own codes, in `dtype`, with scales of 1.
 
     Args:
         weight: [N, K], float32, bfloat16 or float16, all finite.
@@ -29,6 +30,11 @@ def quantize_linear(
         dtype: dtype of the scale (but LLM.int8's), by default the weight's: a weight in float32 that was changed keeps
             its bits until it is quantized, and its scale has the dtype that the model is stored in.
     """
+    if scheme.is_float:
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("the weight holds NaN or infinity: it cannot be packed")
+        codes = weight.to(dtype or weight.dtype)
+        return codes, codes.new_ones(len(codes), 1)
     return quantize_weight(
         weight,
         getattr(torch, scheme.code_dtype),
@@ -42,6 +48,8 @@ def quantize_linear(
 
 def op_of(scheme: Scheme, packed: bool) -> str:
     """The name of the op that multiplies activations with a weight of the scheme."""
+    if scheme.activation_dtype is None and scheme.sparsity is not None:
+        return "linear_sparse24"
     if scheme.activation_dtype is None:
         return "linear_weight_only_packed" if packed else "linear_weight_only"
     if scheme.threshold is not None:
@@ -88,6 +96,9 @@ class QuantizedLinear(nn.Module):
     bytes a weight more in bfloat16 and 4 in float32. It changes nothing for int8 weights with int8 activations. What is
     kept follows the buffers: it is decoded anew where one was replaced, moved or written to (but not through `.data`,
     which leaves no trace).
+
+    A 2:4 sparse weight is unpacked in the op, and with activations in 8 bits before it, at every call. On a CPU that
+    takes longer than the product, and `keep_decoded` keeps what was unpacked, codes as codes.
 
     Args:
         in_features: K.
@@ -148,7 +159,12 @@ class QuantizedLinear(nn.Module):
         if op == "linear_weight_only_packed":
             packed, scale = self.get_buffer(self._words), self._by_row(self.get_buffer("weight_scale"))
             return ops.linear_weight_only_packed(x, packed, scale, bias, scheme.bits, backend)
-        codes, scale = self.codes_and_scale()
+        if op == "linear_sparse24":
+            values, indices = self.sparse_parts()
+            sparse_scale = None if scheme.is_float else self._by_row(self.get_buffer("weight_scale"))
+            return ops.linear_sparse24(x, values, indices, sparse_scale, bias, backend)
+        kept = self.keep_decoded and scheme.sparsity is not None and is_plain_call(x, bias)
+        codes, scale = self._unpacked() if kept else self.codes_and_scale()
         if op == "linear_tensor":
             input_scale = self.get_buffer("input_scale") if scheme.is_static else None
             return ops.linear_tensor(x, codes, scale, input_scale, bias, backend)
@@ -165,14 +181,34 @@ class QuantizedLinear(nn.Module):
 
     def _decoded_for(self, dtype: torch.dtype) -> Decoded | None:
         """The decoded weight for activations of the dtype; None where a change of its buffers would leave no trace."""
+
+        def decode(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            scale = scale if self._op in ("linear_tensor", "linear_block") else self._by_row(scale)
+            return decoded.decode_weight(self._op, codes, scale, dtype), scale
+
+        return self._kept(dtype, decode)
+
+    def _unpacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `codes_and_scale` gives, unpacked once where a weight is 2:4 sparse."""
+        found = self._kept(getattr(torch, self.scheme.code_dtype), lambda codes, scale: (codes, scale))
+        return self.codes_and_scale() if found is None else (found.weight, found.scale)
+
+    def _kept(
+        self,
+        dtype: torch.dtype,
+        make: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    ) -> Decoded | None:
+        """What `make` made of codes and scale, for this dtype and the buffers as they are; made anew where it wasn't.
+
+        None where a change of the buffers would leave no trace.
+        """
         buffers = [self.get_buffer(name) for name in self.stored]
         if any(buffer.is_inference() for buffer in buffers):
             return None
         if self._decoded is None or not self._decoded.is_of(dtype, buffers):
             self._decoded = None  # its memory is free before the next is made
             codes, scale = self.codes_and_scale()
-            scale = scale if self._op in ("linear_tensor", "linear_block") else self._by_row(scale)
-            weight = decoded.decode_weight(self._op, codes, scale, dtype)
+            weight, scale = make(codes, scale)
             sources = tuple((buffer, buffer.data_ptr(), buffer._version) for buffer in buffers)
             self._decoded = Decoded(weight, codes.dtype, scale, dtype, sources)
         return self._decoded
@@ -200,8 +236,11 @@ class QuantizedLinear(nn.Module):
     def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
         """`weight` of a packed layer is its packed words: models that look at every layer's weight when they are built
         (to initialize it, say, which transformers skips for what was loaded) find something there."""
-        if name == "weight" and "weight_packed" in self.__dict__.get("_buffers", {}):
-            return self.get_buffer("weight_packed")
+        if name == "weight":
+            held = self.__dict__.get("_buffers", {})
+            words = next((leaf for leaf in ("weight_packed", "compressed") if leaf in held), None)
+            if words is not None:
+                return self.get_buffer(words)
         found: torch.Tensor | nn.Module = super().__getattr__(name)
         return found
 
@@ -213,9 +252,19 @@ class QuantizedLinear(nn.Module):
     @property
     def backend_in_use(self) -> str:
         """What the layer's product runs on where its tensors are: `triton`, `cpu` or `torch`."""
-        packed = self._layout.is_packed(self.scheme)
-        codes = self.get_buffer(self._words) if packed else self.codes_and_scale()[0]
+        if self.op == "linear_sparse24":
+            codes = self.sparse_parts()[0]
+        elif self._layout.is_packed(self.scheme) and self.scheme.sparsity is None:
+            codes = self.get_buffer(self._words)
+        else:
+            codes = self.codes_and_scale()[0]
         return ops.select_backend(self.op, codes.dtype, codes.device, self.backend)
+
+    def sparse_parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kept codes of a 2:4 sparse weight and their indices, as `ops.linear_sparse24` takes them."""
+        stored = {name: self.get_buffer(name) for name in self.stored}
+        values, indices = self._layout.sparse_parts(self.scheme, stored, self.in_features)
+        return values, indices
 
     def codes_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] and their scale [N, G], [1] or [ceil(N / 128), ceil(K / 128)]."""
@@ -248,10 +297,12 @@ class QuantizedLinear(nn.Module):
 def keep_decoded(model: nn.Module, keep: bool = True) -> int:
     """How many weights of the model are kept decoded on a CPU from their next product on, or are no longer.
 
-    They cost 2 bytes each for activations in bfloat16, 4 for float32. See `QuantizedLinear`.
+    They cost 2 bytes each for activations in bfloat16, 4 for float32, and 1 where they are unpacked codes. See
+    `QuantizedLinear`.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     for layer in layers:
         layer.keep_decoded = keep
         layer._decoded = layer._decoded if keep else None
-    return sum(each.in_features * each.out_features for each in layers if each.scheme.activation_dtype != "int8")
+    schemes = [(each.scheme, each.in_features * each.out_features) for each in layers]
+    return sum(size for scheme, size in schemes if scheme.activation_dtype != "int8" or scheme.sparsity is not None)

@@ -9,6 +9,9 @@ from quantkit.errors import RecipeError
 WEIGHT_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 FOUR_BITS = ("int4", "uint4")
 """Dtypes of weights in 4 bits; `uint4` is what has zero points, and is read and not written."""
+FLOAT = "float"
+"""In place of a code's dtype: the weight's own dtype. Such weights are not quantized, only packed for their zeros."""
+SPARSITIES = (None, "2:4")
 WEIGHT_RANGES = ("absmax", "mse")
 WEIGHT_GRANULARITIES = ("row", "tensor", "block")
 ACTIVATIONS = ("token", "tensor", "tensor-static", "group")
@@ -28,7 +31,8 @@ class Scheme:
 
     Attributes:
         weight_dtype: torch's name of the stored codes: `int8`, `float8_e4m3fn` or `float8_e5m2`; or `int4`
-            for 4 bits, and of checkpoints that others wrote `uint4`, with a zero point beside every scale.
+            for 4 bits, and of checkpoints that others wrote `uint4`, with a zero point beside every scale; or with
+            sparsity `float`, which is the dtype that the weight has anyway.
         group_size: None for the scales of `weight_granularity`, else one for each run of this many weights along K
             (scale [N, K / group_size]).
         activation_dtype: None when only weights are quantized, else the dtype that activations are quantized to.
@@ -42,6 +46,7 @@ class Scheme:
         threshold: None, or where LLM.int8 begins: features in which any token reaches it stay in float.
         outlier_columns: None, or with a threshold how many columns of the weight lie in float beside the codes: those
             in which calibration data reached it. 0 where nothing was counted yet, as in a recipe.
+        sparsity: None, or `2:4` where two of every four neighbours along K are zero and are not stored.
     """
 
     weight_dtype: str
@@ -53,6 +58,7 @@ class Scheme:
     activation_range: str = "absmax"
     threshold: float | None = None
     outlier_columns: int | None = None
+    sparsity: str | None = None
 
     def __post_init__(self) -> None:
         self._check_words()
@@ -60,10 +66,11 @@ class Scheme:
         self._check_activations()
         self._check_threshold()
         self._check_outlier_columns()
+        self._check_sparsity()
 
     def _check_words(self) -> None:
         for what, value, known in (
-            ("weight dtype", self.weight_dtype, (*WEIGHT_DTYPES, *FOUR_BITS)),
+            ("weight dtype", self.weight_dtype, (*WEIGHT_DTYPES, *FOUR_BITS, FLOAT)),
             ("weight range", self.weight_range, WEIGHT_RANGES),
             ("weight granularity", self.weight_granularity, WEIGHT_GRANULARITIES),
             ("activation granularity", self.activation, ACTIVATIONS),
@@ -129,14 +136,39 @@ class Scheme:
                 f"outlier_columns {value!r} needs to be a whole number from 0, with the threshold of LLM.int8"
             )
 
+    def _check_sparsity(self) -> None:
+        if self.sparsity not in SPARSITIES:
+            raise RecipeError(f"sparsity {self.sparsity!r} is unknown; use 2:4, or leave it out")
+        if self.sparsity is not None and (self.outlier_columns is not None or self.weight_dtype == "uint4"):
+            what = "zero points" if self.weight_dtype == "uint4" else "outlier columns in float"
+            raise RecipeError(f"2:4 sparse weights with {what} are not packed here; leave one of both out")
+        plain = Scheme.__dataclass_fields__
+        alike = all(getattr(self, name) == plain[name].default for name in ("weight_range", "weight_granularity"))
+        scaled = self.group_size is not None or self.activation_dtype is not None or not alike
+        if self.is_float and (self.sparsity is None or scaled):
+            raise RecipeError(
+                "weights in float have nothing to say but their sparsity: give sparsity 2:4 and no scales, or a dtype "
+                f"of codes ({', '.join((*WEIGHT_DTYPES, *FOUR_BITS))})"
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether weights are in float, without a scale: they are packed, and not quantized."""
+        return self.weight_dtype == FLOAT
+
     @property
     def bits(self) -> int:
-        """Bits of one stored code."""
+        """Bits of one stored code; 16 of weights in float, whatever their dtype."""
+        if self.is_float:
+            return 16
         return 4 if self.weight_dtype in FOUR_BITS else 8
 
     @property
     def code_dtype(self) -> str:
-        """The torch dtype, by name, that a code lies in where it isn't packed: int8 also for 4 bits."""
+        """The torch dtype, by name, that a code lies in where it isn't packed: int8 also for 4 bits.
+
+        Of weights in float it is what stands in for a dtype, and no dtype's name.
+        """
         return "int8" if self.weight_dtype in FOUR_BITS else self.weight_dtype
 
     @property
@@ -151,7 +183,12 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """A short name for tables, such as `int8 g128` or `float8_e4m3fn, activations per token`."""
+        """A short name for tables, such as `int8 g128` or `2:4 float8_e4m3fn, activations per token`."""
+        return self._label if self.sparsity is None else f"{self.sparsity} {self._label}"
+
+    @property
+    def _label(self) -> str:
+        """The name without the sparsity."""
         group = "" if self.group_size is None else f" g{self.group_size}"
         group += "" if self.weight_granularity == "row" else f" per {self.weight_granularity}"
         if self.activation_dtype is None:

@@ -48,6 +48,7 @@ CPU_PATHS = frozenset(
         "linear_llm_int8",
         "linear_weight_only",
         "linear_weight_only_packed",
+        "linear_sparse24",
     }
 )
 """Ops with an implementation of their own for the CPU; the others run the generic torch one there."""

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from quantkit_kernels import formats, generic
+from quantkit_kernels import formats, generic, sparse24
 from quantkit_kernels.errors import KernelError
 
 
@@ -174,6 +174,33 @@ def linear_weight_only_packed(
     _check_groups(weight_scale, weight_packed.shape[0], x.shape[-1])
     _check_bias(bias, weight_packed.shape[0])
     _check_devices(x, weight_packed, weight_scale, bias)
+
+
+def linear_sparse24(
+    x: Tensor, values: Tensor, indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+) -> None:
+    """Raise KernelError unless `ops.linear_sparse24` can run; what the indices are is not looked at."""
+    in_features = x.shape[-1] if x.ndim else 0
+    if x.ndim < 1 or in_features % sparse24.GROUP:
+        raise KernelError(f"x is {_shape(x)}: expected [..., K], and 2:4 needs a K that 4 divides")
+    _check_x(x, in_features)
+    packed = values.dtype == torch.int32
+    width = formats.packed_words(in_features // 2, 4) if packed else in_features // 2
+    known = packed or values.dtype in sparse24.VALUE_DTYPES
+    if not known or values.ndim != 2 or values.shape[1] != width:
+        raise KernelError(
+            f"values are {_shape(values)}: expected [N, {in_features // 2}] in float, int8 or fp8, or torch.int32 "
+            f"[N, {formats.packed_words(in_features // 2, 4)}] of codes of 4 bits, for x {_shape(x)}"
+        )
+    expected = (values.shape[0], sparse24.index_words(in_features))
+    if indices.dtype != torch.int32 or indices.shape != expected:
+        raise KernelError(f"indices are {_shape(indices)}: expected torch.int32 {list(expected)}")
+    if (weight_scale is None) != (values.dtype in formats.FLOAT_DTYPES):
+        raise KernelError(f"values are {values.dtype}: a weight_scale goes with codes, and None with values in float")
+    if weight_scale is not None:
+        _check_groups(weight_scale, values.shape[0], in_features)
+    _check_bias(bias, values.shape[0])
+    _check_devices(x, values, indices, weight_scale, bias)
 
 
 def _shape(tensor: Tensor) -> str:

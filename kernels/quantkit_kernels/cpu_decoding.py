@@ -88,6 +88,22 @@ def linear_weight_only_packed(
     return out.view(*x.shape[:-1], weight_packed.shape[0])
 
 
+def linear_sparse24(
+    x: Tensor, values: Tensor, indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return `linear_weight_only` of a packed 2:4 weight, [..., N] in x's dtype: some of its rows at a time."""
+    tokens = generic.tokens(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    step = max(1, _DECODED_ELEMENTS // max(1, x.shape[-1]))
+    out = torch.empty((tokens.shape[0], values.shape[0]), dtype=x.dtype)
+    for start in range(0, values.shape[0], step):
+        part = slice(start, start + step)
+        codes = generic.sparse24_codes(values[part], indices[part], x.shape[-1])
+        weight = codes.to(x.dtype) if weight_scale is None else decoded_rows(codes, weight_scale[part], x.dtype)
+        out[:, part] = F.linear(tokens, weight, None if bias is None else bias[part])
+    return out.view(*x.shape[:-1], values.shape[0])
+
+
 def _has_int8_kernel(x: Tensor, weight_scale: Tensor) -> bool:
     """Return whether `_weight_int8pack_mm` takes such activations and scales, and is the faster way.
 

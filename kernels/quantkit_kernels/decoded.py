@@ -17,6 +17,9 @@ from quantkit_kernels import cpu, cpu_decoding, formats, generic
 
 _FEW = 4096
 
+WEIGHTS_ALONE = ("linear_weight_only", "linear_weight_only_packed", "linear_sparse24")
+"""The ops whose activations stay in float."""
+
 
 @functools.cache
 def can_pack(dtype: torch.dtype) -> bool:
@@ -34,12 +37,14 @@ def decode_weight(op: str, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> 
 
     Args:
         op: name of the op.
-        codes: [N, K], int8 or fp8, not packed into words; any strides.
+        codes: [N, K], int8 or fp8, not packed into words; any strides. For `linear_sparse24` also float.
         scale: as the op takes it.
         dtype: float32, bfloat16 or float16.
     """
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    if op.startswith("linear_weight_only"):
+    if op == "linear_sparse24" and codes.dtype in formats.FLOAT_DTYPES:
+        weight = codes.to(dtype)
+    elif op in WEIGHTS_ALONE:
         weight = cpu_decoding.decoded_rows(codes, scale, dtype)
     elif op == "linear_block":
         weight = formats.dequantize_weight(codes, scale.to(torch.float32), "block").to(kept)
@@ -86,7 +91,7 @@ def linear(
         input_scale: that of `linear_tensor`, or None.
         bias: [N], any float dtype, or None.
     """
-    if op.startswith("linear_weight_only"):
+    if op in WEIGHTS_ALONE:
         out = _product(generic.tokens(x), weight, None if bias is None else bias.to(x.dtype))
         return out.view(*x.shape[:-1], weight.shape[0])
     values = generic.tokens(x)

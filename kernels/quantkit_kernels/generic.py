@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantkit_kernels import formats
+from quantkit_kernels import formats, sparse24
 from quantkit_kernels.errors import KernelError
 
 ScaledProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
@@ -82,6 +82,23 @@ def linear_weight_only_packed(
     """Return `linear_weight_only` of the unpacked weight, [..., N] in x's dtype."""
     weight = formats.unpack_int32(weight_packed, bits, x.shape[-1])
     return linear_weight_only(x, weight, weight_scale, bias)
+
+
+def sparse24_codes(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """Return the codes [N, K], or the weight in float, of a packed 2:4 weight as `ops.linear_sparse24` takes it."""
+    if values.dtype == torch.int32:
+        return sparse24.unpack_int4(values, indices, in_features)
+    return sparse24.unpack(values, indices, in_features)
+
+
+def linear_sparse24(
+    x: Tensor, values: Tensor, indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return `linear_weight_only` of the unpacked weight, [..., N] in x's dtype."""
+    weight = sparse24_codes(values, indices, x.shape[-1])
+    if weight_scale is not None:
+        return linear_weight_only(x, weight, weight_scale, bias)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def linear_dynamic(

@@ -13,6 +13,7 @@
 | linear_grouped | expert by expert | likewise | gpu/grouped.py |
 | linear_weight_only | decode, then F.linear | `torch._weight_int8pack_mm`, or in parts | gpu/weight_only.py |
 | linear_weight_only_packed | unpack, decode, then F.linear | likewise | gpu/weight_only.py |
+| linear_sparse24 | unpack, decode, then F.linear | in parts | - |
 
 M tokens, K in features, N out features, G scales a row. Quantized weights are [N, K] with codes of int8 or
 fp8, or packed into int32 words along K. Tensors may have any strides: a weight that is stored [K, N] is passed
@@ -43,6 +44,7 @@ from quantkit_kernels.ops_quantization import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
+from quantkit_kernels.ops_sparse24 import linear_sparse24
 from quantkit_kernels.registration import linear_fake, register
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "linear_dynamic",
     "linear_grouped",
     "linear_llm_int8",
+    "linear_sparse24",
     "linear_tensor",
     "linear_weight_only",
     "linear_weight_only_packed",

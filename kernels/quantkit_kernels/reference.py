@@ -222,6 +222,30 @@ def linear_weight_only_packed(
     return linear_weight_only(x, unpack(weight_packed, bits, x.shape[-1]), weight_scale, bias)
 
 
+def unpack_sparse24(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """Return the weight [N, K] of packed 2:4 values, number by number, its dtype float64 for values in float."""
+    if values.dtype == torch.int32:
+        values = unpack(values, 4, in_features // 2)
+    numbers = values.double().tolist()
+    weight = torch.zeros((len(numbers), in_features), dtype=torch.float64)
+    for n, words in enumerate(indices.tolist()):
+        row = sum((word & 0xFFFFFFFF) << (32 * index) for index, word in enumerate(words))
+        for j, value in enumerate(numbers[n]):
+            weight[n, 4 * (j // 2) + (row >> (2 * j)) % 4] = value
+    return weight
+
+
+def linear_sparse24(
+    x: Tensor, values: Tensor, indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return the output [..., N] in float64 for a packed 2:4 weight decoded to x's dtype and the bias cast to it."""
+    weight = unpack_sparse24(values, indices, x.shape[-1])
+    if weight_scale is not None:
+        return linear_weight_only(x, weight, weight_scale, bias)
+    out = x.double() @ weight.to(x.dtype).double().T
+    return out if bias is None else out + bias.to(x.dtype).double()
+
+
 def _float32(value: float) -> float:
     """Return the number rounded to float32."""
     return float(struct.unpack("f", struct.pack("f", value))[0])

@@ -6,11 +6,13 @@
 | pack-quantized | `X.weight_packed` int32 [N, K*bits/32], `X.weight_shape` int64 [2] | (code - zero) * scale |
 | nvfp4-pack-quantized | `X.weight_packed` uint8 [N, K/2], `X.weight_global_scale` [1] | E2M1 * (scale / global) |
 | mxfp4-pack-quantized | `X.weight_packed` uint8 [N, K/2] | E2M1 * scale |
+| sparse-24-bitmask | `X.compressed` codes or float [N, K/2], `X.bitmask` uint8 [N, K/8] | code * scale, or as it is |
 
 `X.weight_scale` is what the scheme's strategy says: [1] (tensor), [N, 1] (channel), [N, G] (group), or [ceil(N/n),
 ceil(K/k)] (block n x k); bytes are powers of two. `X.weight_zero_point` has the scale's shape, or is packed along N as
 int32. `X.weight_g_idx` [K] names the group of every column. Scales and zero points of activations are dropped. A weight
 that the model has as [K, N] (GPT-2's) is stored so where codes are stored one by one, and [N, K] where they are packed.
+Of 2:4 sparse weights the bits, the lowest first, say which two of every four are stored; the others are 0.
 `X.weight_shape` is read at once only where the packed width and the scales leave K open. Layout: compressed-tensors
 0.20, and its earlier releases for `weight_g_idx`.
 """
@@ -21,15 +23,30 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from quantkit_kernels import sparse24
+from quantkit_kernels.formats import FLOAT_DTYPES as FLOATS
 from quantkit_kernels.formats import packed_words, unpack_int32
 from torch import Tensor
 
-from quantkit.dequantization.base import Part, Plan, Source, Tensors, damaged, need, need_matrix, need_shape, unknown
+from quantkit.dequantization.base import (
+    Part,
+    Plan,
+    Source,
+    Tensors,
+    damaged,
+    need,
+    need_matrix,
+    need_shape,
+    runs,
+    unknown,
+)
 from quantkit.dequantization.grids import Block, Blocks, check_grid, grid, scaled
 from quantkit.dequantization.numbers import FP8_DTYPES, e2m1, read_floats, scale_values
 from quantkit.dequantization.schemes import Weights, scheme_finder
 
 DESCRIPTION = "compressed-tensors (int, float, packed, NVFP4 and MXFP4 weights)"
+FLOAT = Weights(16, "float", True, "tensor", 0, (1, 1), False)
+"""What stands for the scheme of weights that are in float, and have no scale."""
 LONGEST_SHAPE = 8
 """Axes of a weight."""
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
@@ -80,6 +97,9 @@ def plan(source: Source) -> Plan:
     made = Plan()
     for key, info in weights.tensors.items():
         name, _, leaf = key.rpartition(".")
+        if leaf == "compressed":
+            _add_sparse(made, Module(name, find(name) if f"{name}.weight_scale" in weights.tensors else FLOAT, source))
+            continue
         is_code = leaf == "weight" and info.dtype in (torch.int8, *FP8_DTYPES)
         if not is_code and leaf != "weight_packed":
             continue
@@ -101,6 +121,39 @@ def plan(source: Source) -> Plan:
         if leaf == "weight_scale" and key not in made.dropped:
             raise unknown(where, f"{key!r} is stored beside a weight that is not in codes")
     return made
+
+
+def _add_sparse(made: Plan, module: Module) -> None:
+    """Take the part of a 2:4 sparse weight, in codes or in float, into the plan."""
+    key, where = module.key("compressed"), module.where
+    info = module.weights.tensors[key]
+    rows, half = need_matrix(info, key, where)
+    shape, has_scale = (rows, 2 * half), module.has("weight_scale")
+    fits = info.dtype in (torch.int8, *FP8_DTYPES) if has_scale else info.dtype in FLOATS
+    if not fits or shape[1] % 4:
+        raise unknown(
+            where, f"{key!r} is {info.dtype} {list(info.shape)} {'beside' if has_scale else 'without'} a scale"
+        )
+    mask = need(module.weights, module.key("bitmask"), key, where)
+    need_shape(mask, (rows, -(-shape[1] // 8)), module.key("bitmask"), where)
+    names = _scaling(module, shape, packed=False) if has_scale else {}
+    keys = (key, module.key("bitmask"), *names.values())
+    made.add(module.key("weight"), Part(shape, keys, partial(_decode_sparse, module, shape, list(names))))
+    made.dropped.update(module.key(leaf) for leaf in ("shape", *OF_WEIGHTS, *OF_ACTIVATIONS))
+
+
+def _decode_sparse(
+    module: Module, shape: tuple[int, int], leaves: list[str], values: Tensor, mask: Tensor, *others: Tensor
+) -> Iterator[Tensor]:
+    """Yield what `_decode_ints` does of the codes with their zeros; numbers in float as they are, in float32."""
+    try:
+        codes = sparse24.unpack(values, sparse24.indices_of_bitmask(mask, shape[1]), shape[1])
+    except ValueError as error:
+        raise damaged(module.where, f"{module.key('bitmask')!r} doesn't fit it ({error})") from error
+    if leaves:
+        yield from _decode_ints(module, shape, leaves, codes, *others)
+    else:
+        yield from (codes[start:stop].float() for start, stop in runs(*shape))
 
 
 def _block(scheme: Weights, shape: tuple[int, ...]) -> Block:

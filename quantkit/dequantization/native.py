@@ -3,7 +3,8 @@
 A row of words holds K rounded up to a multiple of 4, or of 8 with 4 bits: where that doesn't divide it, only a group
 size or the model says K.
 Experts that one parameter `O.P` holds together are stored a layer an expert, as `O.0.P`, and become `O.P` again; those
-in x out are stored so, [K, N], with a scale [1, N]. Columns that LLM.int8 keeps in float lie beside the codes.
+in x out are stored so, [K, N], with a scale [1, N]. Columns that LLM.int8 keeps in float lie beside the codes. Of 2:4
+sparse weights only the kept ones are stored, and a row holds K / 2 so.
 """
 
 import re
@@ -11,10 +12,11 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch
-from quantkit_kernels.formats import packed_words, unpack_int32
+from quantkit_kernels import sparse24
+from quantkit_kernels.formats import FLOAT_DTYPES, packed_words, unpack_int32
 from torch import Tensor
 
-from quantkit.dequantization.base import Part, Plan, Source, damaged, need, need_matrix, need_shape, unknown
+from quantkit.dequantization.base import Part, Plan, Source, damaged, need, need_matrix, need_shape, runs, unknown
 from quantkit.dequantization.grids import Block, Blocks, check_grid, scaled
 from quantkit.dequantization.numbers import read_floats, scale_values
 from quantkit.formats import native
@@ -34,9 +36,10 @@ def plan(source: Source) -> Plan:
     modules = {target for group in layout.groups for target in group.targets}
     made, experts = Plan(), dict[str, list[str]]()
     for key, info in source.weights.tensors.items():
-        if not key.endswith(".weight") or info.dtype != torch.int32:
-            continue
         module = key.removesuffix(".weight")
+        is_packed = info.dtype == torch.int32 or f"{module}.weight_indices" in source.weights.tensors
+        if module == key or not is_packed:
+            continue
         together = _together(source, module, modules)
         if together is not None:
             experts.setdefault(together, []).append(module)
@@ -72,6 +75,8 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
     *lead, rows, words = need_matrix(tensors[first], first, where)
     if lead:
         raise damaged(where, f"{first!r} has the shape {list(tensors[first].shape)}, no matrix")
+    if scheme.sparsity is not None:
+        return _sparse_part(source, name, members, scheme, words)
     scale = need(source.weights, f"{members[0]}.weight_scale", first, where).shape
     columns = 32 // scheme.bits * words
     by_column = scheme.weight_granularity == "row" and len(scale) == 2 and scale[0] == 1 and scale != (rows, 1)
@@ -101,6 +106,50 @@ def _part(source: Source, name: str, members: list[str], scheme: Scheme) -> Part
             raise damaged(where, f"{kept[0]!r} is {tensors[kept[0]].dtype} where torch.int32 is expected")
         return Part(shape, (*keys, *kept), partial(_with_columns, decoder, columns, kept[0], where))
     return Part(shape, tuple(keys), decoder)
+
+
+def _sparse_part(source: Source, name: str, members: list[str], scheme: Scheme, words: int) -> Part:
+    """The part of one layer of 2:4 sparse weights, or of experts that make one parameter."""
+    tensors, where, first = source.weights.tensors, source.where, f"{members[0]}.weight"
+    rows, per_word = tensors[first].shape[0], 1 if scheme.is_float else 32 // scheme.bits
+    columns = 2 * per_word * words
+    if scheme.group_size is not None:
+        scale = need(source.weights, f"{members[0]}.weight_scale", first, where).shape
+        columns = scheme.group_size * (scale[-1] if scale else 1)
+    elif name in source.shapes:
+        columns = source.shapes[name][-2 if name in source.transposed else -1]
+    stored = native.tensor_specs(scheme, rows, columns, torch.bfloat16)
+    block = _block(scheme, rows, columns)
+    for member in members:
+        for leaf in ("weight", "weight_indices"):
+            info = need(source.weights, f"{member}.{leaf}", f"{member}.weight", where)
+            need_shape(info, stored[leaf].shape, f"{member}.{leaf}", where)
+        info, spec = tensors[f"{member}.weight"], stored["weight"]
+        if info.dtype not in (FLOAT_DTYPES if scheme.is_float else (spec.dtype,)):
+            raise damaged(where, f"'{member}.weight' is {info.dtype}, which doesn't fit the scheme {scheme.label!r}")
+        if not scheme.is_float:
+            key = f"{member}.weight_scale"
+            check_grid(need(source.weights, key, f"{member}.weight", where).shape, (rows, columns), block, key, where)
+    leaves = ("weight", "weight_indices", *(() if scheme.is_float else ("weight_scale",)))
+    keys = tuple(f"{member}.{leaf}" for leaf in leaves for member in members)
+    shape = (len(members), rows, columns) if name != first else (rows, columns)
+    return Part(shape, keys, partial(_decode_sparse, scheme, (rows, columns), block, leaves, where))
+
+
+def _decode_sparse(
+    scheme: Scheme, shape: tuple[int, int], block: Block, leaves: tuple[str, ...], where: str, *tensors: Tensor
+) -> Iterator[Tensor]:
+    """Yield what `_decode` does, of 2:4 sparse layers; weights in float as they are."""
+    count = len(tensors) // len(leaves)
+    for member in range(count):
+        of = {leaf: tensors[place * count + member] for place, leaf in enumerate(leaves)}
+        if of["weight_indices"].dtype != torch.int32 or not sparse24.are_ascending(of["weight_indices"], shape[1]):
+            raise damaged(where, "a 'weight_indices' does not say of every four weights where two are")
+        codes, scale = native.decompress(scheme, of, shape[1])
+        if scheme.is_float:
+            yield from (codes[start:stop].float() for start, stop in runs(*shape))
+        else:
+            yield from scaled(codes, read_floats, shape, Blocks(scale_values(scale), shape, block))
 
 
 def _scheme_of(layout: Layout, module: str, where: str) -> Scheme:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantkit.dequantization.base import is_count, unknown
 from quantkit.formats.base import checked_targets
+from quantkit.formats.compressed_tensors import BITMASKS
 from quantkit.untrusted import first_fit
 
 FORMATS = (
@@ -56,11 +57,11 @@ def scheme_finder(stored: Mapping[str, Any], where: str) -> Callable[[str], Weig
     """
     for key in ("sparsity_config", "transform_config"):
         value = stored.get(key)
-        if value and value != {"format": "dense"}:
-            kind = value.get("format", key) if isinstance(value, Mapping) else value
+        kind = value.get("format", key) if isinstance(value, Mapping) else value
+        if value and kind != "dense" and (key, kind) != ("sparsity_config", BITMASKS):
             raise unknown(where, f"{key} of quantization_config asks for {kind}, which is not decoded yet")
-    groups = stored.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    groups = stored.get("config_groups") or ({} if stored.get("sparsity_config") else None)
+    if not isinstance(groups, Mapping) or (not groups and not stored.get("sparsity_config")):
         raise unknown(where, "quantization_config has no config_groups")
     found = [
         _group(str(name), group, stored.get("format"), where)

@@ -1,13 +1,13 @@
 """What every format speaks of: the specification of a stored tensor, and which modules have which scheme."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from quantkit.errors import CheckpointError
-from quantkit.scheme import BLOCK, Scheme
+from quantkit.scheme import BLOCK, FLOAT, Scheme
 from quantkit.untrusted import first_fit, fits, regex_trouble, shown
 
 
@@ -30,8 +30,11 @@ class TensorSpec:
 def scale_specs(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
     """The scales of a linear layer [N, K] whose float weight has this dtype: the weight's, and static activations'.
 
-    They have the float weight's dtype, but for LLM.int8, where they are float32 as in its paper's software.
+    They have the float weight's dtype, but for LLM.int8, where they are float32 as in its paper's software. Weights in
+    float have none.
     """
+    if scheme.is_float:
+        return {}
     dtype = dtype if scheme.threshold is None else torch.float32
     shape: tuple[int, ...] = (out_features, 1 if scheme.group_size is None else in_features // scheme.group_size)
     if scheme.weight_granularity == "tensor":
@@ -48,6 +51,8 @@ def stored_scales(scheme: Scheme, scale: torch.Tensor, input_scale: torch.Tensor
     Raises:
         ValueError: the scheme's activations are static and there is no scale of theirs, or the other way round.
     """
+    if scheme.is_float:
+        return {}
     if (input_scale is not None) != scheme.is_static:
         raise ValueError(f"{scheme.label}: a scale of the activations goes with static activations, and only there")
     stored = {"weight_scale": scale}
@@ -76,12 +81,16 @@ class Layout:
             float too. The config doesn't say which they are; a reader asks the model.
         cache_scales: the last parts of the names of tensors by which servers scale cached keys and values. They are
             held as they are stored, and unused: the cache here has the model's dtype.
+        sparse: modules whose weights are packed 2:4, beside what the groups say of their numbers; named as in `ignore`.
+        dense: modules that aren't, whatever `sparse` says.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...] = ()
     spares_head: bool = False
     cache_scales: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
 
     def scheme_of(self, module: str, class_name: str = "Linear") -> Scheme | None:
         """The scheme of the linear layer of that name, or None when it is in float.
@@ -89,6 +98,13 @@ class Layout:
         Where targets of several groups name it, its own name goes before a regex, and a regex before its class; of
         two regexes the first in alphabetical order counts (compressed-tensors 0.20, `match_targets`).
         """
+        found = self._numbers_of(module, class_name)
+        if not named(module, self.sparse, class_name) or named(module, self.dense, class_name):
+            return found
+        return Scheme(FLOAT, sparsity="2:4") if found is None else replace(found, sparsity="2:4")
+
+    def _numbers_of(self, module: str, class_name: str) -> Scheme | None:
+        """The scheme that a group gives the linear layer of that name, or None."""
         if not self._ignored.isdisjoint((module, class_name)) or first_fit(module, self._ignored_regexes):
             return None
         named = (module, first_fit(module, self._regexes), class_name)

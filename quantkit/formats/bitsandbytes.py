@@ -25,6 +25,8 @@ def reason_against(scheme: Scheme) -> str | None:
     """Why this format can't say the scheme, or None."""
     if scheme.outlier_columns is not None:
         return "it keeps no column of a weight in float"
+    if scheme.sparsity is not None:
+        return "it stores every weight, whatever its zeros"
     return None if scheme.threshold is not None else "it is for LLM.int8 alone"
 
 

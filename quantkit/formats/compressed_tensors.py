@@ -8,6 +8,8 @@
 | int8 weights only | pack-quantized | `weight_packed` int32 [N, K/4], `weight_scale`, `weight_shape` int64 [2] |
 | int4 weights only | pack-quantized | `weight_packed` int32 [N, K/8], and so on |
 | the same with zero points | pack-quantized | and `weight_zero_point` int32 [N/8, G], packed along N |
+| 2:4 sparse, int8 or E4M3 | any but packed | for `weight` what is below |
+| 2:4 sparse, in float | none | the same, without a scale |
 
 `weight_scale` is [N, 1] by row, [N, G] in groups, [1] by tensor and [ceil(N/128), ceil(K/128)] by block; static
 activations add `input_scale` [1]. Scales have the dtype of the weight that they replace. A packed element is q + 128,
@@ -15,17 +17,23 @@ or q + 8 of 4 bits, element 0 in the lowest bits; zero points are read, and not 
 is to cache in FP8 have scales `k_scale` and `v_scale` [1]. A weight that lies in the model as [K, N] (GPT-2's) is
 stored so, as servers' loaders transpose it by its name; packed words are out x in always. The layout follows
 compressed-tensors 0.20.
+
+2:4 sparse weights are read as releases up to 0.14 stored them (`sparse-24-bitmask`), and not written, as nothing else
+reads them any more: `compressed` [N, K / 2] in the dtype of the codes, or of the float weight; `bitmask` uint8
+[N, ceil(K / 8)], its lowest bit first; `shape` int64 [2, 1].
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from quantkit_kernels import sparse24
 from quantkit_kernels.formats import pack_int32, packed_words, unpack_int32
 
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats.base import Group, Layout, TensorSpec, checked_targets, scale_specs, stored_scales
 from quantkit.scheme import BLOCK, FOUR_BITS, Scheme
+from quantkit.untrusted import shown
 
 NAME = "compressed-tensors"
 VERSION = "0.20.0"
@@ -47,10 +55,14 @@ ACTIVATIONS = {
 """Its words for what shares a scale among activations: the strategy, and whether it is dynamic."""
 CACHE_SCALES = ("k_scale", "v_scale")
 """What it stores of an attention layer whose keys and values a server is to cache in FP8."""
+BITMASKS = "sparse-24-bitmask"
+"""Its name for 2:4 sparse weights, which its releases up to 0.14 wrote."""
 
 
 def reason_against(scheme: Scheme) -> str | None:
     """Why this format can't say the scheme, or None."""
+    if scheme.sparsity is not None:
+        return "no release since 0.15 reads packed 2:4 weights (write their zeros with --format dense)"
     if scheme.weight_dtype == "float8_e5m2":
         return "its FP8 is E4M3 only, and the recipe asks for E5M2"
     if scheme.group_size is not None and not _is_int(scheme):
@@ -88,6 +100,8 @@ def tensor_specs(
     scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype, transposed: bool = False
 ) -> dict[str, TensorSpec]:
     """What is stored for a linear layer [N, K] whose float weight has this dtype (and is [K, N] when transposed)."""
+    if scheme.sparsity is not None:
+        return _bitmask_specs(scheme, out_features, in_features, dtype)
     scales = scale_specs(scheme, out_features, in_features, dtype)
     if _is_in_words(scheme):
         words = TensorSpec((out_features, packed_words(in_features, scheme.bits)), torch.int32)
@@ -101,6 +115,31 @@ def tensor_specs(
     return {"weight": TensorSpec(shape, getattr(torch, scheme.weight_dtype)), **scales}
 
 
+def _bitmask_specs(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """What is stored for a 2:4 sparse layer: of its codes, or of its numbers in float."""
+    values = dtype if scheme.is_float else getattr(torch, scheme.weight_dtype)
+    return {
+        "compressed": TensorSpec((out_features, in_features // 2), values),
+        "bitmask": TensorSpec((out_features, -(-in_features // 8)), torch.uint8),
+        "shape": TensorSpec((2, 1), torch.int64),
+        **scale_specs(scheme, out_features, in_features, dtype),
+    }
+
+
+def sparse_parts(
+    scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept codes [N, K / 2] of a 2:4 sparse weight as they are stored, and the indices that its bits stand for.
+
+    Raises:
+        CheckpointError: the bits are not those of a 2:4 weight.
+    """
+    try:
+        return tensors["compressed"], sparse24.indices_of_bitmask(tensors["bitmask"], in_features)
+    except ValueError as error:
+        raise CheckpointError(f"a 2:4 sparse weight is damaged ({error}); download the checkpoint again") from error
+
+
 def compress(
     scheme: Scheme,
     codes: torch.Tensor,
@@ -111,8 +150,10 @@ def compress(
     """Codes [N, K] and their scale as they are stored; `input_scale` with static activations.
 
     Raises:
-        CheckpointError: the scheme has zero points, which codes alone don't tell.
+        CheckpointError: the scheme has zero points, which codes alone don't tell, or 2:4 sparsity.
     """
+    if scheme.sparsity is not None:
+        raise CheckpointError(f"{scheme.label}: packed 2:4 weights are read, and not written; use --format quantkit")
     if _has_zeros(scheme):
         raise CheckpointError(
             f"{scheme.label} with zero points is read, and not written; keep the checkpoint that it came from"
@@ -131,6 +172,9 @@ def decompress(
 
     Of 4 bits with a zero point each code is int8 already less its zero point, from -15 to 15.
     """
+    if scheme.sparsity is not None:
+        codes = sparse24.unpack(*sparse_parts(scheme, tensors, in_features), in_features)
+        return codes, codes.new_ones(len(codes), 1) if scheme.is_float else tensors["weight_scale"]
     scale = tensors["weight_scale"]
     if _is_in_words(scheme):
         codes = unpack_int32(tensors["weight_packed"], scheme.bits, in_features)
@@ -191,15 +235,16 @@ def parse(config: Mapping[str, Any]) -> Layout:
     Raises:
         CheckpointError: a scheme that quantkit doesn't read, or a config that isn't one.
     """
-    groups = config.get("config_groups")
+    sparse, dense = sparse_targets(config)
+    groups = config.get("config_groups") or ({} if sparse else None)
     ignore = checked_targets(config.get("ignore") or [], "ignore")
     if not isinstance(groups, Mapping):
         raise CheckpointError("quantization_config has no config_groups; it isn't a compressed-tensors checkpoint")
-    for key in ("sparsity_config", "transform_config"):
-        if config.get(key) and config[key] != {"format": "dense"}:
-            raise CheckpointError(
-                f"quantization_config uses {key}, which quantkit doesn't read; load it with the software that wrote it"
-            )
+    if config.get("transform_config") and config["transform_config"] != {"format": "dense"}:
+        raise CheckpointError(
+            "quantization_config uses transform_config, which quantkit doesn't read; load it with the software that "
+            "wrote it"
+        )
     found = []
     for name, group in groups.items():
         if not isinstance(group, Mapping):
@@ -214,8 +259,34 @@ def parse(config: Mapping[str, Any]) -> Layout:
             raise CheckpointError(
                 f"group {name!r} is stored as {stored!r}; quantkit reads {format_name(scheme)!r} for it"
             )
+        if sparse and _is_in_words(scheme):
+            raise CheckpointError(f"group {name!r} has packed weights, which have no 2:4 sparse form; mend config.json")
         found.append(Group(scheme, targets))
-    return Layout(tuple(found), ignore, cache_scales=_cache_scales(config.get("kv_cache_scheme")))
+    caches = _cache_scales(config.get("kv_cache_scheme"))
+    return Layout(tuple(found), ignore, cache_scales=caches, sparse=sparse, dense=dense)
+
+
+def sparse_targets(config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modules whose weights are 2:4 sparse and packed, and those among them that aren't: none without a config.
+
+    Raises:
+        CheckpointError: weights are sparse in another way, or the config isn't one.
+    """
+    said = config.get("sparsity_config")
+    if not said or (isinstance(said, Mapping) and said.get("format") == "dense"):
+        return (), ()
+    if (
+        not isinstance(said, Mapping)
+        or said.get("format") != BITMASKS
+        or said.get("sparsity_structure", "2:4") != "2:4"
+    ):
+        kind = said.get("format") if isinstance(said, Mapping) else said
+        raise CheckpointError(
+            f"quantization_config's sparsity_config is {shown(kind)}, which quantkit doesn't read (it reads {BITMASKS} "
+            "with 2:4); load it with the software that wrote it"
+        )
+    targets = checked_targets(said.get("targets") or ["Linear"], "targets of sparsity_config")
+    return targets, checked_targets(said.get("ignore") or [], "ignore of sparsity_config")
 
 
 def _cache_scales(scheme: object) -> tuple[str, ...]:

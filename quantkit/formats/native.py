@@ -1,4 +1,4 @@
-"""quantkit's own format, versions 1 to 3: holds every scheme, loads with quantkit only. Described in docs/formats.md.
+"""quantkit's own format, versions 1 to 4: holds every scheme, loads with quantkit only. Described in docs/formats.md.
 
 A linear layer's tensors are `weight` int32 [N, ceil(K/4)], the bytes of its codes (two's complement, E4M3 or E5M2),
 element 0 in the lowest byte, rows padded with zero bytes; `weight_scale`, [N, G] with G groups of K (one unless the
@@ -12,6 +12,10 @@ order, and `outlier_weight` [N, O], the weight in these columns, in its own dtyp
 
 Version 3 has 4 bits beside it: `weight` int32 [N, ceil(K/8)], each code + 8, element 0 in the lowest bits, as
 compressed-tensors packs them, so that the same op runs on them.
+
+Version 4 has 2:4 sparse weights beside it, as `quantkit_kernels.sparse24` packs them: `weight` holds the K / 2 kept
+codes of a row as other codes are held in K, or kept floats as they are, [N, K / 2] in the weight's dtype and without a
+scale; `weight_indices` int32 [N, ceil(K / 32)] says where they stood.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from quantkit_kernels import sparse24
 from quantkit_kernels.formats import pack_int32, packed_words, unpack_int32
 
 from quantkit.errors import CheckpointError, RecipeError
@@ -27,7 +32,7 @@ from quantkit.scheme import Scheme
 from quantkit.untrusted import shown
 
 NAME = "quantkit"
-VERSION = 3
+VERSION = 4
 """The newest; a checkpoint is written in the oldest that can hold it."""
 
 
@@ -37,7 +42,7 @@ def reason_against(scheme: Scheme) -> str | None:
 
 
 def is_packed(scheme: Scheme) -> bool:
-    """Whether codes are smaller than bytes: of bytes a view of the words is all that a product needs."""
+    """Whether codes are smaller than bytes: of others a view of what is stored is all that a product needs."""
     return scheme.bits < 8
 
 
@@ -45,7 +50,12 @@ def tensor_specs(
     scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype, transposed: bool = False
 ) -> dict[str, TensorSpec]:
     """What is stored for a linear layer [N, K] whose float weight has this dtype, transposed or not."""
-    specs = {"weight": TensorSpec((out_features, packed_words(in_features, scheme.bits)), torch.int32)}
+    stored = in_features if scheme.sparsity is None else in_features // 2
+    specs = {"weight": TensorSpec((out_features, packed_words(stored, scheme.bits)), torch.int32)}
+    if scheme.is_float:
+        specs["weight"] = TensorSpec((out_features, stored), dtype)
+    if scheme.sparsity is not None:
+        specs["weight_indices"] = TensorSpec((out_features, sparse24.index_words(in_features)), torch.int32)
     specs |= scale_specs(scheme, out_features, in_features, dtype)
     if scheme.outlier_columns is not None:
         specs["outlier_columns"] = TensorSpec((scheme.outlier_columns,), torch.int32)
@@ -66,25 +76,53 @@ def compress(
     `outliers` are the numbers [O] of the columns that stay in float, ascending, and the weight there, [N, O].
 
     Raises:
-        ValueError: the scheme has such columns and there are none given, or the other way round.
+        ValueError: the scheme has such columns and there are none given, or the other way round; or its codes are to be
+            2:4 and aren't.
     """
     if (outliers is None) != (scheme.outlier_columns is None):
         raise ValueError(f"{scheme.label}: columns in float go with a scheme that has them, and only there")
-    if is_packed(scheme):
-        words = pack_int32(codes, scheme.bits)
-    else:
-        padding = -codes.shape[1] % 4
-        words = F.pad(codes.contiguous().view(torch.uint8), (0, padding)).contiguous().view(torch.int32)
-    stored = {"weight": words} | stored_scales(scheme, scale, input_scale)
+    indices = {}
+    if scheme.sparsity is not None:
+        codes, places = sparse24.pack(codes)
+        indices = {"weight_indices": places}
+    stored = {"weight": _words(scheme, codes), **indices, **stored_scales(scheme, scale, input_scale)}
     if outliers is not None:
         stored |= {"outlier_columns": outliers[0].to(torch.int32), "outlier_weight": outliers[1].contiguous()}
     return stored
 
 
+def _words(scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
+    """Codes [N, K] in words of 32 bits; numbers in float as they are."""
+    if scheme.is_float:
+        return codes
+    if is_packed(scheme):
+        return pack_int32(codes, scheme.bits)
+    padding = -codes.shape[1] % 4
+    return F.pad(codes.contiguous().view(torch.uint8), (0, padding)).contiguous().view(torch.int32)
+
+
+def sparse_parts(
+    scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept codes of a 2:4 sparse weight as the op takes them, and their indices: nothing is unpacked."""
+    values = tensors["weight"]
+    if not scheme.is_float and not is_packed(scheme):
+        values = values.view(getattr(torch, scheme.weight_dtype))[:, : in_features // 2]
+    return values, tensors["weight_indices"]
+
+
 def decompress(
     scheme: Scheme, tensors: Mapping[str, torch.Tensor], in_features: int, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K], of bytes a view of the stored words, and their scale; those of columns stored in float are 0."""
+    """Codes [N, K], of bytes a view of the stored words, and their scale; those of columns stored in float are 0.
+
+    2:4 sparse codes are unpacked, with their zeros; weights in float have the scale 1.
+    """
+    if scheme.sparsity is not None:
+        values, indices = sparse_parts(scheme, tensors, in_features)
+        values = unpack_int32(values, scheme.bits, in_features // 2) if is_packed(scheme) else values
+        codes = sparse24.unpack(values, indices, in_features)
+        return codes, codes.new_ones(len(codes), 1) if scheme.is_float else tensors["weight_scale"]
     if is_packed(scheme):
         return unpack_int32(tensors["weight"], scheme.bits, in_features), tensors["weight_scale"]
     codes = tensors["weight"].view(getattr(torch, scheme.weight_dtype))
@@ -100,9 +138,12 @@ def config(
     modules that have as many make a group.
     """
     said = scheme.to_dict()
+    if scheme.sparsity is None:
+        del said["sparsity"]
     if scheme.outlier_columns is None:
         del said["outlier_columns"]  # version 1 doesn't know the key
         version = 3 if is_packed(scheme) else 1
+        version = version if scheme.sparsity is None else 4
         return {"quant_method": NAME, "version": version, "groups": [{"scheme": said, "modules": list(modules)}]}
     counts: dict[int, list[str]] = {}
     for module in modules:
@@ -133,6 +174,8 @@ def parse(config: Mapping[str, Any]) -> Layout:
             reason = reason_against(scheme)
             if is_packed(scheme) and version < 3:
                 reason = f"codes are bytes in version {version}"
+            if scheme.sparsity is not None and version < 4:
+                reason = f"every weight is stored in version {version}"
             if reason is not None:
                 raise RecipeError(f"{scheme.label}: {reason}")
         except (TypeError, KeyError, RecipeError) as error:
