@@ -1,9 +1,10 @@
 """Compression with calibration data: block by block, each fed with what the compressed blocks before it give.
 
 For every block: its weights are read in float32; the calibration windows run through it and what meets its weights is
-observed; smoothing groups are folded and proven; static ranges are observed on the folded block; its tensors are
-quantized and written; the quantized layers take the place of the float ones, and the windows run through again to make
-the next block's inputs. One block's weights, its statistics and the windows' hidden states are all that is in memory.
+observed; smoothing groups are folded and proven, weights are pruned, in the order of the recipe; static ranges are
+observed on the block as it is then; its tensors are quantized and written; the quantized layers take the place of the
+float ones, and the windows run through again to make the next block's inputs. One block's weights, its statistics and
+the windows' hidden states are all that is in memory.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -31,11 +32,12 @@ from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe
 from quantkit.smoothing import Inputs, Proof, Smoother, fold_in
+from quantkit.sparsifying import Pruner, Pruning, Streams
 from quantkit.streaming import LazyModel, StoredWeights
 from quantkit.targets import counted, tensor_specs
 from quantkit.watching import product_dtype
 
-FOLD, SCALE = "fold.", "input_scale."
+FOLD, SCALE, PRUNED = "fold.", "input_scale.", "pruned."
 """What the names of tensors begin with that are kept beside a finished block."""
 
 Kept = dict[str, dict[str, torch.Tensor]]
@@ -144,7 +146,9 @@ class _Work:
             return
         stage, self.done = self.stages.get(name), Outcome()
         if stage is not None:
-            self.done.layers += compress_stage(stage, self.plan, self.source, self.writer, self.device)
+            self.done.layers += compress_stage(
+                stage, self.plan, self.source, self.writer, self.device, pruned=self.done.pruned
+            )
         self.done.notes.append(f"{name} does not run when the model reads text, and is not calibrated")
         self.journal.commit(name, self.done)
 
@@ -172,6 +176,10 @@ class _Work:
         state: dict[str, torch.Tensor] = {}
         self.done, seen = Outcome(), Observation(name, block, calls, self.excess)
         for number, step in enumerate(self.recipe.transforms):
+            if step is self.plan.pruning:
+                with self.journal.step(name, step.name):
+                    self._prune(index, seen, axes, Pruning.of(step), worked)
+                continue
             alpha = None if step.parameters["alpha"] == "auto" else float(step.parameters["alpha"])
             with self.journal.step(name, step.name):
                 folded = self._smooth(index, seen, axes, alpha, worked)
@@ -190,6 +198,7 @@ class _Work:
             with self.journal.step(name, "compress"):
                 layers = compress_stage(stage, self.plan, self.source, self.writer, self.device, worked, kept)
             self.done.layers += layers
+        state |= {PRUNED + path: self.model.get_parameter(path).detach() for path in self._unwritten(index, kept)}
         self.journal.commit(name, self.done, state)
         return kept
 
@@ -204,6 +213,7 @@ class _Work:
                 if scale is not None:
                     changed |= set(fold_in(block, group, scale.to(self.device)))
             self._settle(name, block, changed, axes)
+        self._take_pruned(index, block, state, axes)
         self._scales = {key.removeprefix(SCALE): value for key, value in state.items() if key.startswith(SCALE)}
         stage, layout = self.stages.get(name), self.plan.layout
         done = self.journal.finished(name)
@@ -262,6 +272,50 @@ class _Work:
             worked.changed[path] = self.model.get_parameter(path).detach()
         places = {id(group): position for position, group in enumerate(structure.groups)}
         return {places[id(group)]: scale for group, scale in smoother.folded}
+
+    def _layers(self, index: int) -> list[Candidate]:
+        """The layers of a block that are pruned."""
+        return [layer for layer in self.plan.pruned if layer.parameter.startswith(f"{self.name(index)}.")]
+
+    def _prune(self, index: int, seen: Observation, axes: Collection[str], how: Pruning, worked: Worked) -> None:
+        """Prune a block's layers, by what meets them in the block as it now is."""
+        name, block, layers = seen.name, seen.block, self._layers(index)
+        places = {layer.parameter.removeprefix(f"{name}."): layer for layer in layers}
+        streams = None
+        if layers and how.criterion != "magnitude":
+            streams = Streams(how.criterion, self.recipe.seed)
+            stored = {self.source.weights.tensors[key].dtype for layer in layers for key in layer.keys}
+            dtype = product_dtype(stored.pop(), self.device) if len(stored) == 1 else None
+            seen.inputs({path: layer.in_axis for path, layer in places.items()}, streams, dtype)
+            self.excess.give_back()
+        pruner = Pruner(how, streams)
+        for path, layer in places.items():
+            made, report = pruner.parameter(layer.name, path, block.get_parameter(path).detach(), layer.in_axis)
+            self.lazy.fill(name, block, {layer.parameter: made})
+            self.done.pruned.append(report)
+        self.done.notes += pruner.notes(name)
+        for path in self._settle(name, block, places, axes):
+            worked.changed[path] = self.model.get_parameter(path).detach()
+        self.excess.give_back()
+
+    def _unwritten(self, index: int, kept: Kept) -> list[str]:
+        """The pruned parameters of a block that can't be read back as they were: they were quantized, in parts.
+
+        What stays in float is read from the written tensors, and so are the codes of a layer that lies in one tensor.
+        """
+        quantized = {layer.parameter for layer in self.plan.quantized}
+        layers = [layer for layer in self._layers(index) if layer.parameter in quantized]
+        return [layer.parameter for layer in layers if layer.experts or layer.name not in kept]
+
+    def _take_pruned(self, index: int, block: nn.Module, state: dict[str, torch.Tensor], axes: Collection[str]) -> None:
+        """Give a block that is made again its pruned weights, but for those whose codes are read."""
+        name = self.name(index)
+        values = {key.removeprefix(PRUNED): value for key, value in state.items() if key.startswith(PRUNED)}
+        quantized = {f"{name}.{path}" for path in axes}
+        paths = [layer.parameter for layer in self._layers(index) if layer.parameter not in quantized]
+        keys = {key: None for path in paths for key in self._sources[path]}
+        made = self.plan.names.parameters(keys, lambda key: self.writer.read(self.plan.renamed.get(key, key)))
+        self.lazy.fill(name, block, values | {path: made[path] for path in paths})
 
     def _settle(self, name: str, block: nn.Module, changed: Collection[str], axes: Collection[str]) -> list[str]:
         """The names of all parameters that are written anew; those that stay in float become what is written."""

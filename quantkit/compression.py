@@ -10,10 +10,11 @@ from quantkit_kernels.formats import BLOCK, dequantize_weight
 from quantkit.checkpoint import Source
 from quantkit.errors import CheckpointError
 from quantkit.modules import quantize_linear
-from quantkit.outcome import LayerReport
+from quantkit.outcome import LayerReport, PrunedReport
 from quantkit.pieces import compress_expert
 from quantkit.planning import Plan, Stage, Target
 from quantkit.shards import ShardWriter
+from quantkit.sparsifying import Pruning, prune_stored
 from quantkit.workers import Workers
 
 NORM_ELEMENTS = 2**18
@@ -43,19 +44,22 @@ def compress_stage(
     device: torch.device,
     worked: Worked | None = None,
     kept: dict[str, dict[str, torch.Tensor]] | None = None,
+    pruned: list[PrunedReport] | None = None,
 ) -> list[LayerReport]:
     """Read, compress and write one stage; the reports of its linear layers.
 
-    One tensor at a time is read and written, and a few of a block at a time are compressed: but for a calibrated one's,
-    as what is freed of the memory of many threads is never all given back. `kept` takes the written tensors of each
-    linear layer that one key makes, by its name.
+    What is to be pruned and calibration hasn't made is pruned by magnitude here; `pruned` takes the reports. One tensor
+    at a time is read and written, and a few of a block at a time are compressed: but for a calibrated one's, as what is
+    freed of the memory of many threads is never all given back. `kept` takes the written tensors of each linear layer
+    that one key makes, by its name.
     """
     side_by_side = stage.is_block and worked is None  # what lies outside of the blocks is large, and comes one by one
     worked = worked or Worked()
     layers: list[LayerReport] = []
 
-    def compressed(task: _Task) -> tuple[Target | None, list[tuple[dict[str, torch.Tensor], LayerReport | None]]]:
-        return task.target, list(task.compress(plan, source, device))
+    def compressed(task: _Task) -> _Compressed:
+        zeros = task.prune(plan, source)
+        return task.target, list(task.compress(plan, source, device)), zeros
 
     tasks = _tasks(stage, plan, source, worked)
     done = Workers(device).map(compressed, tasks) if side_by_side else map(compressed, tasks)
@@ -68,13 +72,18 @@ def compress_stage(
         if kept is not None and target.whole and not target.of_experts:
             kept[target.module] = {name.removeprefix(target.prefix): each for name, each in tensors.items()}
 
-    for target, made in done:
+    for target, made, zeros in done:
+        if pruned is not None and zeros is not None:
+            pruned.append(zeros)
         while made:  # what is written is not held while the next is read
             written(target, *made.pop(0))
         if not stage.is_block:
             writer.flush()
     writer.flush()
     return layers
+
+
+_Compressed = tuple[Target | None, list[tuple[dict[str, torch.Tensor], LayerReport | None]], PrunedReport | None]
 
 
 @dataclass
@@ -87,6 +96,7 @@ class _Task:
         target: how it is quantized, or None.
         scale: the static scale [1] of the activations that it meets, or None.
         columns: the columns [O] that stay in float, or None.
+        calibrated: whether calibration made the tensor.
     """
 
     key: str
@@ -94,6 +104,16 @@ class _Task:
     target: Target | None = None
     scale: torch.Tensor | None = None
     columns: torch.Tensor | None = None
+    calibrated: bool = False
+
+    def prune(self, plan: Plan, source: Source) -> PrunedReport | None:
+        """Set the tensor's weights to zero by magnitude, where they are to be pruned and aren't yet; what that cost."""
+        modules, transposed = plan.pruned_by_key(self.key)
+        if self.calibrated or plan.pruning is None or not modules:
+            return None
+        refuse_nonfinite(self.tensor, self.key, source)
+        self.tensor, report = prune_stored(self.tensor, modules, Pruning.of(plan.pruning), transposed)
+        return report
 
     def compress(
         self, plan: Plan, source: Source, device: torch.device
@@ -125,12 +145,12 @@ def _tasks(stage: Stage, plan: Plan, source: Source, worked: Worked) -> Iterator
     for key in stage.keys:
         target = plan.targets.get(key)
         if target is None:
-            yield _Task(key, read(key).to(source.weights.tensors[key].dtype))
+            yield _Task(key, read(key).to(source.weights.tensors[key].dtype), calibrated=key in changed)
             continue
         scales = [worked.input_scales[name] for name in target.parameters if name in worked.input_scales]
         scale = torch.stack(scales).amax(0) if scales else None  # parts of one tensor see the same activations
         columns = worked.outlier_columns.get(target.parameters[0])  # a weight with such lies in a tensor of its own
-        yield _Task(key, read(key), target, scale, columns)
+        yield _Task(key, read(key), target, scale, columns, calibrated=key in changed)
 
 
 def refuse_nonfinite(tensor: torch.Tensor, key: str, source: Source) -> None:

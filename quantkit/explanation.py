@@ -29,6 +29,7 @@ def plan_to_dict(plan: Plan, recipe: Recipe, model: str) -> dict[str, Any]:
             for target in plan.targets.values()
         ],
         "left_alone": [{"module": m.module, "shape": list(m.shape), "reason": m.reason} for m in plan.left],
+        "pruned": [layer.name for layer in plan.pruned],
         "copied_unused": list(plan.unused),
         "blocks": findings.blocks,
         "groups": [
@@ -74,6 +75,9 @@ def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool, more:
     for target in plan.targets.values():
         counts[target.scheme.label] = counts.get(target.scheme.label, 0) + (target.experts or 1)
     lines += [f"  quantized  {count} linear layers: {label}" for label, count in counts.items()]
+    if plan.pruning is not None:
+        how = plan.pruning.parameters
+        lines.append(f"  pruned     {len(plan.pruned)} linear layers to {how['pattern']} by {how['criterion']}")
     lines.append(f"  size       {plan.output_bytes:,} bytes of tensors")
     for reason, names in _by_reason((left.module, left.reason) for left in plan.left).items():
         lines.append(f"  left alone {_shortened(names)}: {reason}")

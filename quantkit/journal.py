@@ -21,7 +21,7 @@ import torch
 from quantkit.durable import put, sync, write_json, writing
 from quantkit.errors import CheckpointError
 from quantkit.memory import peak_memory_bytes
-from quantkit.outcome import GroupReport, LayerReport, Outcome
+from quantkit.outcome import GroupReport, LayerReport, Outcome, PrunedReport
 from quantkit.shards import Part, ShardWriter, checksum, is_whole, read_tensors, write_tensors
 
 STATE = "quantkit_state"
@@ -191,6 +191,7 @@ class Journal:
             found.layers += each.layers
             found.groups += each.groups
             found.notes += each.notes
+            found.pruned += each.pruned
         return found
 
     def commit(self, stage: str, outcome: Outcome, state: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -267,7 +268,8 @@ def outcome_of(values: Mapping[str, Any]) -> Outcome:
     """The outcome that `asdict` gave these values of."""
     layers = [LayerReport(**(value | {"shape": tuple(value["shape"])})) for value in values["layers"]]
     groups = [GroupReport(**(value | {"consumers": tuple(value["consumers"])})) for value in values["groups"]]
-    return Outcome(layers, groups, list(values["notes"]))
+    pruned = [PrunedReport(**(value | {"shape": tuple(value["shape"])})) for value in values["pruned"]]
+    return Outcome(layers, groups, list(values["notes"]), pruned)
 
 
 def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:

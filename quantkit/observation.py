@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from quantkit_calibration.observers import TensorRange
@@ -18,6 +19,15 @@ from quantkit.watching import ForcedRouting, Latest, See, Watch
 
 FEW_TOKENS = 32
 """An expert that fewer calibration tokens were sent to is shown all tokens of the first batch."""
+
+
+class Statistics(Protocol):
+    """Takes in what meets weights, and knows how many tokens met each."""
+
+    tokens: dict[tuple[str, int | None], int]
+
+    def see(self, name: str, expert: int | None, x: torch.Tensor) -> None:
+        """Take activations [..., K] into the statistics."""
 
 
 class Observation:
@@ -42,7 +52,7 @@ class Observation:
         output = self.block(*self.calls[0].args, **self.calls[0].kwargs)
         return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
 
-    def inputs(self, axes: Mapping[str, int], inputs: Inputs, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def inputs(self, axes: Mapping[str, int], inputs: Statistics, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What the block gives for the first batch; `inputs` has been told what met the parameters of `axes`.
 
         The batches after the first compute the products in `dtype`. Experts that few tokens were sent to see all of the
@@ -66,7 +76,7 @@ class Observation:
     def _show(
         self,
         watched: Mapping[str, tuple[torch.Tensor, int]],
-        inputs: Inputs,
+        inputs: Statistics,
         paths: Sequence[str],
         experts: int,
         rare: list[int],
@@ -160,7 +170,7 @@ class Observation:
         return found
 
 
-def _rare(inputs: Inputs, paths: Sequence[str], experts: int) -> list[int]:
+def _rare(inputs: Statistics, paths: Sequence[str], experts: int) -> list[int]:
     """Which experts met fewer tokens than FEW_TOKENS."""
     return [e for e in range(experts) if any(inputs.tokens.get((path, e), 0) < FEW_TOKENS for path in paths)]
 

@@ -25,6 +25,30 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class PrunedReport:
+    """One linear layer of which weights were set to zero.
+
+    Attributes:
+        module: its name.
+        criterion: by which: `sparsegpt`, `wanda` or `magnitude`.
+        pattern: as in the recipe, such as `2:4`.
+        shape: N and K.
+        sparsity: the share of its weights that are zero.
+        weight_error: Frobenius norm of the change of the float weight over that of the weight.
+        output_error: the same of the layer's output on calibration data (for Wanda on a sample of its tokens); None
+            where none was observed.
+    """
+
+    module: str
+    criterion: str
+    pattern: str
+    shape: tuple[int, int]
+    sparsity: float
+    weight_error: float
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
 class GroupReport:
     """What became of one smoothing group.
 
@@ -56,3 +80,4 @@ class Outcome:
     layers: list[LayerReport] = field(default_factory=list)
     groups: list[GroupReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    pruned: list[PrunedReport] = field(default_factory=list)

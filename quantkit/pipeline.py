@@ -394,8 +394,9 @@ def compress(
     with Steps("quantizing", len(plan.stages), "block", disable=not progress) as steps:
         for stage in first:
             if journal.finished(stage.name) is None:
-                layers = compress_stage(stage, plan, source, journal.writer, device)
-                journal.commit(stage.name, Outcome(layers))
+                done = Outcome()
+                done.layers += compress_stage(stage, plan, source, journal.writer, device, pruned=done.pruned)
+                journal.commit(stage.name, done)
             steps.advance()
         blocks = [f"{plan.findings.blocks}.{number}" for number in range(plan.findings.count)]
         if windows is not None and batching is not None and any(journal.finished(name) is None for name in blocks):

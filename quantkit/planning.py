@@ -11,9 +11,10 @@ from quantkit.candidates import FLOAT_DTYPES, Candidate, Reasons, candidates_of
 from quantkit.checkpoint import Source, linears, tied_parameters
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.exploration import Findings, explore
+from quantkit.methods import method_class
 from quantkit.naming import Names, Origin, conversion_problems
-from quantkit.recipe import Recipe, matches
-from quantkit.targets import Target, choose_targets, tensor_specs
+from quantkit.recipe import Recipe, Step, matches
+from quantkit.targets import Target, choose_pruned, choose_targets, tensor_specs
 
 __all__ = ["FLOAT_DTYPES", "LeftAlone", "PatternMatch", "Plan", "Stage", "Target", "make_plan", "tensor_specs"]
 
@@ -65,6 +66,8 @@ class Plan:
         layout: the format that they are written in; None when nothing is quantized.
         findings: what the model does with its parameters.
         names: its keys and parameters.
+        pruned: the linear layers of which weights will be set to zero, as the model has them.
+        pruning: how; None where none are.
     """
 
     stages: tuple[Stage, ...]
@@ -81,6 +84,13 @@ class Plan:
     layout: ModuleType | None
     findings: Findings
     names: Names
+    pruned: tuple[Candidate, ...] = ()
+    pruning: Step | None = None
+
+    def pruned_by_key(self, key: str) -> tuple[list[str], bool]:
+        """The pruned layers that a checkpoint key is the weight of, and whether it holds K before N."""
+        found = [each for each in self.pruned if key in each.keys]
+        return [each.name for each in found], bool(found) and found[0].keys[key]
 
 
 def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto") -> Plan:
@@ -99,22 +109,27 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
     """
     names = Names(source)
     _refuse_incomplete(source, names.origins)
-    findings = explore(source.skeleton, groups=bool(recipe.transforms))
+    findings = explore(source.skeleton, groups=recipe.smooths)
     candidates = candidates_of(source, names, findings)
     patterns = _pattern_matches(source, recipe, [candidate.name for candidate in candidates])
     judge = Reasons(source, recipe, names, findings)
     reasons = {candidate.name: judge.of(candidate) for candidate in candidates}
+    pruned, unpruned = choose_pruned(source, recipe, names, candidates, reasons, findings)
     chosen, targets = choose_targets(source, recipe.scheme, layout, names, candidates, reasons, findings)
     if recipe.scheme is not None and not targets:
         raise RecipeError(_nothing_left(source, {name: why for name, why in reasons.items() if why}))
     output = sum(info.nbytes for key, info in source.weights.tensors.items() if key not in targets)
     output += sum(spec.nbytes for target in targets.values() for spec in tensor_specs(target, chosen).values())
     left = {candidate.name: reasons[candidate.name] or "" for candidate in candidates if reasons[candidate.name]}
+    worked = {name for target in targets.values() for name in target.parameters}
+    told = left
+    if recipe.scheme is None and pruned:
+        worked, told = {each.parameter for each in pruned}, {name: why for name, why in unpruned.items() if why}
     return Plan(
         _stages(source, names, findings),
         targets,
         tuple(candidate for candidate in candidates if candidate.name not in left),
-        _left_alone(source, {name for target in targets.values() for name in target.parameters}, left, findings),
+        _left_alone(source, worked, told, findings),
         tuple(candidate.name for candidate in candidates if candidate.name in left and not candidate.experts),
         _ignored(source, names, candidates, left, chosen),
         tuple(key for key, origin in names.origins.items() if origin.parameter is None),
@@ -125,6 +140,8 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
         chosen,
         findings,
         names,
+        pruned,
+        recipe.pruning,
     )
 
 
@@ -159,7 +176,7 @@ def _notes(
     recipe: Recipe, findings: Findings, ended: str | None, layout: ModuleType | None, quantized: Sequence[Candidate]
 ) -> tuple[str, ...]:
     """What a reader should know of how the data flow was seen; `ended` says why the pass without data ended early."""
-    notes = []
+    notes = [method_class(step.name).cost for step in recipe.transforms if method_class(step.name).cost]
     if ended is not None and (findings.ended is not None or findings.untraced.keys() - set(findings.idle)):
         notes.append(f"the pass without data, which stands in where no block is traced, ended early: {ended}")
     if findings.ended is not None:

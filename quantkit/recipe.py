@@ -139,6 +139,12 @@ class Recipe:
         return next((step for step in self.transforms if method_class(step.name).prunes), None)
 
     @property
+    def observes_pruning(self) -> bool:
+        """Whether that step needs calibration data."""
+        step = self.pruning
+        return step is not None and method_class(step.name)().observes(step.parameters)
+
+    @property
     def smooths(self) -> bool:
         """Whether a step moves factors between weights, for which it must be known what feeds what."""
         return any(not method_class(step.name).prunes for step in self.transforms)

@@ -10,7 +10,8 @@ from typing import Any
 
 from quantkit.checkpoint import Source
 from quantkit.durable import put, write_json
-from quantkit.outcome import GroupReport, LayerReport, Outcome
+from quantkit.methods.sparse24 import COST
+from quantkit.outcome import GroupReport, LayerReport, Outcome, PrunedReport
 from quantkit.planning import LeftAlone, PatternMatch, Plan
 from quantkit.recipe import Recipe
 from quantkit.version import __version__
@@ -41,6 +42,7 @@ class Report:
         seconds: wall-clock time, evaluation aside.
         peak_memory_bytes: the process's peak memory (VmHWM), or None where it can't be read.
         predicted_memory_bytes: what the plan said of that peak, or None.
+        pruned: every linear layer of which weights were set to zero, if the recipe prunes.
         groups: what became of every smoothing group, if the recipe smooths.
         evaluation: what `quantkit eval` found, if asked.
         notes: what else a reader should know.
@@ -61,6 +63,7 @@ class Report:
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
     predicted_memory_bytes: int | None = None
+    pruned: list[PrunedReport] = field(default_factory=list)
     groups: list[GroupReport] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
@@ -92,6 +95,7 @@ class Report:
             source.weights.nbytes,
             nbytes,
             verified,
+            pruned=list(done.pruned),
             groups=list(done.groups),
             notes=[*plan.notes, *done.notes],
             versions=versions,
@@ -125,6 +129,22 @@ class Report:
             *self._outlier_lines(),
         ]
 
+    def pruned_lines(self) -> list[str]:
+        """Lines on weights that were set to zero, criterion by criterion; none where there are none."""
+        lines = []
+        for criterion in dict.fromkeys(layer.criterion for layer in self.pruned):
+            layers = [layer for layer in self.pruned if layer.criterion == criterion]
+            sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+            zeros = sum(layer.sparsity * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+            worst = max(layers, key=lambda layer: layer.output_error or layer.weight_error)
+            error, of = worst.output_error, "its output on calibration data"
+            error, of = (worst.weight_error, "its weight") if error is None else (error, of)
+            lines.append(
+                f"{len(layers)} linear layers to {layers[0].pattern} by {criterion}, {zeros:.1%} of their weights are "
+                f"zero; most changed {worst.module}: {error:.2%} of {of}"
+            )
+        return lines
+
     def _outlier_lines(self) -> list[str]:
         """A line on columns of weights that stay in float; none where the scheme has no such."""
         counts = {layer: layer.outlier_columns for layer in self.layers if layer.outlier_columns is not None}
@@ -142,6 +162,7 @@ class Report:
         lines = [
             f"{self.model}: {', '.join(self.recipe['steps'])}, as {self.format}",
             *self._quantized_lines(),
+            *(f"  pruned     {line}" for line in self.pruned_lines()),
             f"  size       {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors ({ratio:.2f}x smaller)",
             f"  verified   {self.verified['tensors']} tensors read back from disk",
             f"  cost       {self.seconds:.1f} s, {_megabytes(self.peak_memory_bytes)} peak memory "
@@ -248,6 +269,9 @@ def model_card(report: Report, source: Source) -> str:
         body.append(f"| quantized linear layers | {len(report.layers)} |")
         body.append(f"| bits per quantized weight | {report.bits_per_weight:.2f} |")
         body.append(f"| largest weight error | {report.worst.weight_error:.2%} ({report.worst.module}) |")
+    body += [f"| pruned | {line} |" for line in report.pruned_lines()]
+    if report.pruned:
+        body += ["", f"What that cost in the papers: {COST}."]
     if report.evaluation is not None:
         line = evaluation_line(report.evaluation).removeprefix("evaluation ")
         body += ["", line[0].upper() + line[1:] + "."]  # capitalize() would change the data set's name

@@ -52,5 +52,5 @@ def has_groups(weight: "torch.Tensor", keep: int, of: int, in_axis: int = -1) ->
     """Whether of every `of` weights that follow one another along an axis at most `keep` aren't zero."""
     if weight.shape[in_axis] % of:
         return False
-    groups = weight.movedim(in_axis, -1).unflatten(-1, (-1, of))
+    groups = weight.movedim(in_axis, -1).unflatten(-1, (-1, of))  # type: ignore[no-untyped-call]
     return bool(((groups != 0).sum(-1) <= keep).all())

@@ -14,7 +14,9 @@ from quantkit.exploration import Findings
 from quantkit.naming import Names
 from quantkit.outcome import LayerReport
 from quantkit.pieces import expert_specs
+from quantkit.recipe import Recipe
 from quantkit.scheme import BLOCK, Scheme
+from quantkit.sparsity import pattern_of
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,54 @@ def choose_targets(
     return chosen, targets
 
 
-def _leave_partners(names: Names, candidates: Sequence[Candidate], reasons: dict[str, str | None]) -> None:
-    """Leave in float what shares a checkpoint tensor with something that stays in float."""
+def choose_pruned(
+    source: Source,
+    recipe: Recipe,
+    names: Names,
+    candidates: Sequence[Candidate],
+    reasons: Mapping[str, str | None],
+    findings: Findings,
+) -> tuple[tuple[Candidate, ...], dict[str, str | None]]:
+    """The layers that a recipe prunes, and for each candidate why it doesn't, or None.
+
+    Raises:
+        RecipeError: there is none, or the groups of the pattern don't divide (all such layers are named).
+    """
+    step = recipe.pruning
+    if step is None:
+        return (), {}
+    found = dict(reasons)
+    if recipe.observes_pruning:
+        for candidate in candidates:
+            found[candidate.name] = found[candidate.name] or _unobserved(candidate, findings)
+    _leave_partners(names, candidates, found, "isn't pruned")
+    chosen = tuple(candidate for candidate in candidates if found[candidate.name] is None)
+    if not chosen:
+        why = next((reason for reason in found.values() if reason), "it has none")
+        raise RecipeError(
+            f"no linear layer of {source.name} is left to prune ({why}); change --include or --ignore if that is why, "
+            "or use another model"
+        )
+    pattern = pattern_of(step.parameters["pattern"])
+    if isinstance(pattern, tuple):
+        _refuse_ungrouped(chosen, pattern[1])
+    return chosen, found
+
+
+def _refuse_ungrouped(candidates: Sequence[Candidate], of: int) -> None:
+    """Raise RecipeError naming every layer whose in features no groups of so many make."""
+    bad = [f"{each.name} ({each.in_features})" for each in candidates if each.in_features % of]
+    if bad:
+        raise RecipeError(
+            f"{of} weights of a group do not divide the in features of {len(bad)} layers: {', '.join(bad)}; --ignore "
+            "them, or use sparse24 with pattern=unstructured:0.5"
+        )
+
+
+def _leave_partners(
+    names: Names, candidates: Sequence[Candidate], reasons: dict[str, str | None], what: str = "stays in float"
+) -> None:
+    """Leave as it is what shares a checkpoint tensor with something that is left, of which `what` is said."""
     makes: dict[str, set[str]] = {}
     for parameter, keys in names.sources().items():
         for key in keys:
@@ -110,7 +158,7 @@ def _leave_partners(names: Names, candidates: Sequence[Candidate], reasons: dict
         for parameter, candidate in quantized.items():
             partners = {other for key in candidate.keys for other in makes.get(key, ())} - quantized.keys()
             if partners:
-                left[parameter] = f"shares its tensor on disk with {min(partners)}, which stays in float"
+                left[parameter] = f"shares its tensor on disk with {min(partners)}, which {what}"
         if not left:
             return
         for parameter, reason in left.items():
@@ -145,12 +193,9 @@ def _by_row(scheme: Scheme) -> bool:
 
 def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings: Findings) -> str | None:
     """Why this format or scheme can't take a candidate, or None."""
-    if scheme.needs_data and not candidate.name.startswith(f"{findings.blocks}."):
-        return "lies outside of the blocks, where no activation is observed"
-    if scheme.needs_data and any(candidate.name.startswith(f"{findings.blocks}.{i}.") for i in findings.idle):
-        return "does not run when the model reads text, so that no activation is observed"
-    if scheme.needs_data and findings.unused(candidate.parameter):
-        return "meets no activation when the model reads text, so that none is observed"
+    unobserved = _unobserved(candidate, findings) if scheme.needs_data else None
+    if unobserved is not None:
+        return unobserved
     if candidate.converted and (scheme.weight_granularity != "row" or scheme.outlier_columns is not None):
         return "is merged or split while it is loaded, and only scales by row go along"
     if not candidate.experts:
@@ -165,6 +210,17 @@ def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings:
         return (
             "holds all experts in one tensor, and compressed-tensors needs a layer an expert; --format quantkit has it"
         )
+    return None
+
+
+def _unobserved(candidate: Candidate, findings: Findings) -> str | None:
+    """Why calibration sees nothing of what meets a candidate, or None."""
+    if not candidate.name.startswith(f"{findings.blocks}."):
+        return "lies outside of the blocks, where no activation is observed"
+    if any(candidate.name.startswith(f"{findings.blocks}.{i}.") for i in findings.idle):
+        return "does not run when the model reads text, so that no activation is observed"
+    if findings.unused(candidate.parameter):
+        return "meets no activation when the model reads text, so that none is observed"
     return None
 
 

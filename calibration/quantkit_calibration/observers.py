@@ -1,7 +1,8 @@
 """Running statistics of a stream of tensors: `update(x)` takes in more of it, `result()` says what was seen.
 
-Each keeps O(channels) numbers, however long the stream is, and depends on nothing but the values: not on how they
-were cut into updates. NaN or infinity in the stream is in the result as well, or refused there; never left out.
+Each keeps O(channels) numbers (`Gram` their square), however long the stream is, and depends on nothing but the values:
+not on how they were cut into updates, but for the rounding of sums (`ChannelNorm`, `Gram`). NaN or infinity in the
+stream is in the result as well, or refused there; never left out.
 """
 
 import math
@@ -54,6 +55,52 @@ class ChannelAbsmax:
         if self._absmax is None:
             raise ValueError("no row was given")
         return self._absmax.clone()
+
+
+class ChannelNorm:
+    """The l2 norm of each channel of a stream [..., K]: what Wanda weighs weights by (arXiv:2306.11695, equation 1)."""
+
+    def __init__(self) -> None:
+        self._squares: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., K], float of any dtype. Raises ValueError for another K."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if self._squares is not None and rows.shape[1] != self._squares.shape[0]:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., {self._squares.shape[0]}]")
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+        self._squares = squares if self._squares is None else self._squares.add_(squares)
+
+    def result(self) -> Tensor:
+        """float32 [K], NaN where a channel holds one. Raises ValueError when no row was given."""
+        if self._squares is None:
+            raise ValueError("no row was given")
+        return self._squares.sqrt().float()
+
+
+class Gram:
+    """X^T X of a stream of rows X [..., K]: half the Hessian of a layer's squared error, in K^2 numbers.
+
+    float32 sums. The order of the updates and how the stream is cut decide the rounding, and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Take in x [..., K], float of any dtype. Raises ValueError for another K."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if self._sum is None:
+            self._sum = rows.new_zeros(rows.shape[1], rows.shape[1])
+        if rows.shape[1] != len(self._sum):
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., {len(self._sum)}]")
+        self._sum.addmm_(rows.t(), rows)
+
+    def result(self) -> Tensor:
+        """float32 [K, K], the statistic's own memory. Raises ValueError when no row was given."""
+        if self._sum is None:
+            raise ValueError("no row was given")
+        return self._sum
 
 
 class TokenCount:
@@ -113,6 +160,12 @@ class Reservoir:
         if self._rows is not None:
             new = torch.cat([self._rows[kept[kept < held].to(rows.device)], new])
         self._rows = new
+
+    def copy(self) -> "Reservoir":
+        """Another sample of the same stream up to now, which goes on by itself."""
+        made = Reservoir(self._size, self._generator.clone_state())
+        made._rows, made._keys, made.seen = self._rows, self._keys, self.seen
+        return made
 
     def result(self) -> Tensor:
         """[min(R, rows seen), K] in the order of the stream. Raises ValueError when no row was given."""

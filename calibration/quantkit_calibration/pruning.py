@@ -1,9 +1,9 @@
 """Pruning of a weight [N, K]: which of its elements are kept, and what the others' loss makes of those that stay.
 
 Three criteria. Magnitude: |W|. Wanda (Sun et al. 2023, arXiv:2306.11695, equation 1): |W_nk| times the l2 norm of the
-k-th feature over all tokens. SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774): with H = X X^T + lambda I, columns
-are gone through from the left; what is lost of column k is made up for by the columns after it, as optimal brain surgeon
-has it, and what is pruned is what can be made up for best.
+k-th feature over all tokens. SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774): with H = X X^T + lambda I,
+columns are gone through from the left; what is lost of column k is made up for by the columns after it, as optimal
+brain surgeon has it, and what is pruned is what can be made up for best.
 
 A pattern is (2, 4): of every 4 elements along K 2 are kept, exactly, whatever their values; or 0.5: this share of the
 elements goes. Of equal scores the element that comes first stays.
@@ -24,7 +24,7 @@ ELEMENTS = 2**18
 
 
 def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
-    """bool [N, K], True where an element is kept: those of largest |W|, in groups along K or of the whole weight."""
+    """Bool [N, K], True where an element is kept: those of largest |W|, in groups along K or of the whole weight."""
     scores = weight.abs()
     if isinstance(pattern, tuple):
         return kept_of_groups(scores, *pattern)
@@ -32,7 +32,7 @@ def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def wanda(weight: Tensor, norms: Tensor, pattern: Pattern) -> Tensor:
-    """bool [N, K], True where an element is kept: those of largest |W| norm, in groups along K or of each row.
+    """Bool [N, K], True where an element is kept: those of largest |W| norm, in groups along K or of each row.
 
     Args:
         weight: [N, K].
@@ -40,7 +40,7 @@ def wanda(weight: Tensor, norms: Tensor, pattern: Pattern) -> Tensor:
         pattern: see the module.
     """
     norms = norms.to(weight.device)
-    kept = [_of_rows(rows.abs().float() * norms.float(), pattern) for rows in weight.split(_rows(weight), 0)]
+    kept = [_of_rows(rows.abs().float() * norms.float(), pattern) for rows in torch.split(weight, _rows(weight))]
     return torch.cat(kept)
 
 
@@ -49,13 +49,13 @@ def _of_rows(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def kept_of_groups(scores: Tensor, keep: int, of: int) -> Tensor:
-    """bool [N, K], True for the `keep` largest of every `of` scores along K: exactly so many, also of equal ones.
+    """Bool [N, K], True for the `keep` largest of every `of` scores along K: exactly so many, also of equal ones.
 
     Raises ValueError when `of` doesn't divide K.
     """
     if scores.shape[-1] % of:
         raise ValueError(f"groups of {of} do not divide {scores.shape[-1]} features")
-    parts = [_largest(part.unflatten(-1, (-1, of)), keep) for part in scores.split(_rows(scores), 0)]
+    parts = [_largest(part.reshape(len(part), -1, of), keep) for part in torch.split(scores, _rows(scores))]
     return torch.cat(parts).view(scores.shape) if parts else torch.ones_like(scores, dtype=torch.bool)
 
 
@@ -68,7 +68,7 @@ def _largest(groups: Tensor, keep: int) -> Tensor:
 
 
 def kept_of_rows(scores: Tensor, ratio: float) -> Tensor:
-    """bool [N, K], False for this share of each row's scores, the smallest (rounded down to a whole number)."""
+    """Bool [N, K], False for this share of each row's scores, the smallest (rounded down to a whole number)."""
     zeros = int(Fraction(str(ratio)) * scores.shape[-1])
     if not zeros:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -105,7 +105,7 @@ def inverse_factor(gram: Tensor, dampening: float) -> Tensor:
     if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
         raise ValueError(f"H is not positive definite with dampening {dampening}")
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     del lower, identity
     return inverse.float().flip(0, 1)
 
@@ -170,5 +170,5 @@ def output_norms_of(weight: Tensor, changed: Tensor, x: Tensor) -> tuple[float, 
 def _parts(weight: Tensor, changed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some rows of both in float32 at a time."""
     size = 4 * _rows(weight)
-    for exact, other in zip(weight.split(size, 0), changed.split(size, 0), strict=True):
+    for exact, other in zip(torch.split(weight, size), torch.split(changed, size), strict=True):
         yield exact.float(), other.float()

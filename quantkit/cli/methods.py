@@ -34,7 +34,12 @@ def _described(name: str) -> dict[str, object]:
     parameters = [
         {"name": p.name, "values": list(p.choices), "other": p.other or None, "help": p.help} for p in method.parameters
     ]
-    words = {"name": name, "summary": method.summary, "parameters": parameters, "paper": method.paper}
+    words: dict[str, object] = {
+        "name": name,
+        "summary": method.summary,
+        "parameters": parameters,
+        "paper": method.paper,
+    }
     return words | ({"cost": method.cost} if method.cost else {})
 
 

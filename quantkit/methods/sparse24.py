@@ -56,7 +56,7 @@ class Sparse24(Method):
         criterion, dampening = parameters["criterion"], parameters["dampening"]
         if criterion != "sparsegpt" and float(dampening) != 0.01:
             raise RecipeError(
-                f"dampening={dampening} is of criterion=sparsegpt alone, and {criterion} has no use for it; leave it out"
+                f"dampening={dampening} goes with criterion=sparsegpt, and {criterion} has no use for it; leave it out"
             )
 
     def observes(self, parameters: Mapping[str, str]) -> bool:

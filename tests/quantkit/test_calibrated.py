@@ -80,9 +80,9 @@ def run(monkeypatch, text, tmp_path):
 
             return run_blocks(model, blocks, batches, visited, **options)
 
-        def stage(stage, plan, source, writer, device, worked=None, kept=None):
+        def stage(stage, plan, source, writer, device, worked=None, kept=None, **more):
             made.worked[stage.name], made.plan = copy.deepcopy(worked), plan
-            return compress_stage(stage, plan, source, writer, device, worked, kept)
+            return compress_stage(stage, plan, source, writer, device, worked, kept, **more)
 
         monkeypatch.setattr(calibrated, "run_blocks", watched)
         monkeypatch.setattr(calibrated, "compress_stage", stage)
