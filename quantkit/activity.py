@@ -5,7 +5,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from quantkit.checkpoint import use_plain_implementations
 from quantkit.exploration import Findings, without_cache
+from quantkit.watching import PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Activity:
         working: the most bytes that a block makes on top while it runs.
         made: all bytes that a block makes, whether they live on or not.
         counted: whether the model's own code ran, so that both are counted; else they are estimated.
+        fed_as: weights of the blocks that are fed what another just before them is, to that one's name.
     """
 
     held: int
     working: int
     made: int
     counted: bool
+    fed_as: dict[str, str] = field(default_factory=dict)
 
 
 def activity(skeleton: nn.Module, findings: Findings, batch: int, length: int) -> Activity:
@@ -66,11 +69,12 @@ def _counted(skeleton: nn.Module, findings: Findings, batch: int, length: int, p
             use_plain_implementations(model, attention=False)
         for index in range(findings.count):
             block = model.get_submodule(f"{findings.blocks}.{index}")
+            live.know(f"{findings.blocks}.{index}", block)
             block.forward = live.around(block.forward)  # type: ignore[method-assign, assignment]
         with torch.no_grad(), live:
             model(input_ids=ids, **without_cache(model))
     times = 1 if plain else 2
-    return Activity(times * live.held, times * live.working, times * live.made, counted=True)
+    return Activity(times * live.held, times * live.working, times * live.made, counted=True, fed_as=live.fed_as)
 
 
 @contextmanager
@@ -101,6 +105,28 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.total = self.held = self.working = self.made = 0
         self._known: dict[int, int] = {}
+        self._weights: dict[int, str] = {}
+        self._latest: tuple[tuple[Any, ...], str] | None = None
+        self.fed_as: dict[str, str] = {}
+
+    def know(self, name: str, block: nn.Module) -> None:
+        """Watch what meets a block's weights."""
+        for path, parameter in block.named_parameters():
+            if parameter.ndim > 1:
+                self._weights[id(parameter.untyped_storage())] = f"{name}.{path}"
+
+    def _meet(self, operands: Iterable[torch.Tensor]) -> None:
+        """Note which weight an operand of a product is, and whether the other is what the weight before it met."""
+        left, right = operands
+        for weight, x in ((left, right), (right, left)):
+            name = self._weights.get(id(weight.untyped_storage()))
+            if name is None or id(x.untyped_storage()) in self._weights:
+                continue
+            window = (id(x.untyped_storage()), x.storage_offset(), x.numel())
+            if self._latest is not None and self._latest[0] == window:
+                self.fed_as.setdefault(name, self._latest[1])
+            else:
+                self._latest = (window, name)
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -108,6 +134,8 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation and count what it made."""
         before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         output = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            self._meet(args[place] for place in PRODUCTS[func])
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in before:
                 self._take(leaf.untyped_storage())

@@ -22,6 +22,7 @@ import torch
 from quantkit.candidates import raw_uses
 from quantkit.checkpoint import Source
 from quantkit.footprint import Footprint
+from quantkit.methods import method_class
 from quantkit.modules import quantize_linear
 from quantkit.output import free_space
 from quantkit.planning import Plan, tensor_specs
@@ -172,11 +173,15 @@ def disk_bytes(source: Source, plan: Plan) -> int:
     """Room on disk that a run needs at most, output and what lies there in between.
 
     A shard is written under another name and renamed, so that nothing lies there twice. Columns that stay in float
-    (LLM.int8 with outlier_weight=float) are found in calibration, and come on top.
+    (LLM.int8 with outlier_weight=float) are found in calibration, and come on top. Pruned experts that are quantized
+    wait there in float32, for a run that is stopped.
     """
     tensors = len(source.weights.tensors) - len(plan.targets)
     tensors += sum(len(tensor_specs(target, plan.layout)) for target in plan.targets.values())
-    return plan.output_bytes + source.copied_bytes + ENTRY_BYTES * tensors + SMALL_FILES_BYTES
+    quantized = {layer.parameter for layer in plan.quantized}
+    kept = [layer for layer in plan.pruned if layer.parameter in quantized and (layer.experts or layer.converted)]
+    state = sum(4 * layer.out_features * layer.in_features * max(1, layer.experts) for layer in kept)
+    return plan.output_bytes + state + source.copied_bytes + ENTRY_BYTES * tensors + SMALL_FILES_BYTES
 
 
 def time_class(
@@ -216,10 +221,15 @@ def time_class(
 
 
 def passes(recipe: Recipe) -> int:
-    """How often the calibration windows run through a block: once to observe for each step, once compressed."""
+    """How often the calibration windows run through a block: once to observe for each step, once compressed.
+
+    The sums of products that SparseGPT needs count as another.
+    """
     scheme = recipe.scheme
     stored = scheme is not None and (scheme.is_static, scheme.outlier_columns is not None).count(True)
-    return len(recipe.transforms) + int(stored) + 1
+    transforms = [step for step in recipe.transforms if method_class(step.name)().observes(step.parameters)]
+    sums = recipe.pruning is not None and recipe.pruning.parameters["criterion"] == "sparsegpt"
+    return len(transforms) + int(sums) + int(stored) + 1
 
 
 def block_parameters(source: Source, plan: Plan) -> int:

@@ -9,15 +9,19 @@ together. A calibrated block is
 
     the hidden states of all windows (of one batch where they wait on disk)
   + its weights in float32
+  + where it is pruned by what meets its weights: sums of products (SparseGPT: K x K in float32), or norms and a sample
+    of tokens (Wanda), for each activation that weights meet
   + the largest of: the weights as they are stored, while they are read;
                     copies of them in the dtype that products are observed in, and what a batch makes;
-                    its compressed tensors and what quantizing the largest weight takes
+                    its compressed tensors and what quantizing the largest weight takes;
+                    the decomposition of a K x K matrix in float64 and a copy of a weight, where SparseGPT prunes it
   + what may be added before memory is given back (`Batching.excess`; no more than HOLES times what a batch makes)
 
 What a batch holds and makes is counted by `activity`. Experts in float32 are counted all. The sizes that are no
 arithmetic (RUNTIME, HOLES, PER_WEIGHT, PER_PACKED_WEIGHT) were measured with glibc on Linux.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +36,7 @@ from quantkit.memory import peak_memory_bytes, resident_memory_bytes
 from quantkit.planning import Plan, Stage, Target, tensor_specs
 from quantkit.recipe import Recipe
 from quantkit.shards import SMALLEST_SHARD
+from quantkit.sparsifying import ROWS, Pruning
 from quantkit.watching import product_dtype
 from quantkit.workers import Workers
 
@@ -57,6 +62,11 @@ HOLES = 4
 PER_WEIGHT, PER_PACKED_WEIGHT = 2, 5
 """Bytes that quantizing takes for each weight that is worked on at a time, its codes included: plainly, and where a
 range is searched or codes are packed into words."""
+
+
+PER_SQUARE = 28
+"""Bytes that SparseGPT takes for each of the K x K numbers of H, beside the sums: three matrices in float64, one in
+float32."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,8 @@ def footprint(
         _refuse(found, limit)
         return found
     blocks = _Blocks(source, plan, device)
+    if recipe.observes_pruning:
+        blocks.statistics_of = Pruning.of(recipe.pruning).criterion if recipe.pruning is not None else None
     least: Footprint | None = None
     for batching in ways(count, length, device):
         done = activity(source.skeleton, plan.findings, batching.windows, length)
@@ -236,14 +248,39 @@ class _Blocks:
         outside = [stage for stage in plan.stages if not stage.is_block]
         self.outside = max((_working(source, plan, key) for stage in outside for key in stage.keys), default=0)
         self.outside += SMALLEST_SHARD
+        self.statistics_of: str | None = None
+        """The criterion whose statistics are kept, or None."""
+
+    def pruning(self, done: Activity) -> tuple[int, int]:
+        """Bytes of the statistics of what meets a block's weights, and of pruning the largest weight."""
+        sums: Counter[str] = Counter()
+        working = 0
+        for layer in self.plan.pruned:
+            size, several = layer.in_features, max(1, layer.experts)
+            whole = layer.out_features * size
+            block = ".".join(layer.parameter.split(".")[: self.plan.findings.blocks.count(".") + 2])
+            made = 4 * whole * several
+            if self.statistics_of == "sparsegpt":
+                working = max(working, made + PER_SQUARE * size**2 + 8 * whole)
+            else:
+                working = max(working, made + PER_PACKED_WEIGHT * whole)
+            if layer.parameter in done.fed_as:
+                continue
+            if self.statistics_of == "sparsegpt":
+                sums[block] += 4 * size**2 * several
+            elif self.statistics_of == "wanda":
+                sums[block] += (8 * size + 4 * size * ROWS) * several
+        return max(sums.values(), default=0), working
 
     def calibrated(self, done: Activity, batches: int, batching: Batching) -> Footprint:
         """Of a run with so many batches, each holding and making what was counted."""
         held = 3 * done.held + 2 * PIECE if batching.spill else done.held * (batches + 1)
         excess, holes = (min(size, HOLES * done.made) for size in (batching.excess, TIGHT))
         observing = self.copies + max(done.working + holes, excess)
-        working = max(self.stored + excess, observing, self.written + self.quantizing)
-        block = {"hidden states": held, "a block in float32": self.weights, "work on it": working}
+        statistics, pruning = self.pruning(done)
+        working = max(self.stored + excess, observing, self.written + self.quantizing, pruning)
+        block = {"hidden states": held, "a block in float32": self.weights, "statistics": statistics}
+        block["work on it"] = working
         now, spilled = resident_memory_bytes() or 0, done.held * batches if batching.spill else 0
         if self.device.type == "cuda":
             parts = {"in use now": now, "libraries": RUNTIME, "tensors at work": max(self.outside, self.stored)}

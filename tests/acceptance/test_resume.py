@@ -13,6 +13,9 @@ RECIPES = {
     "w8a8": ["w8a8"],
     "smoothquant": ["smoothquant:alpha=auto", "w8a8"],
     "static": ["smoothquant", "w8a8:activation=tensor-static"],
+    "sparse": ["sparse24:criterion=sparsegpt"],
+    "sparse-w8a8": ["smoothquant", "sparse24:criterion=wanda", "w8a8"],
+    "sparse-int8": ["sparse24:criterion=sparsegpt,pattern=unstructured:0.5", "smoothquant", "int8"],
     "outlier-columns": ["llm-int8:outlier_weight=float,threshold=1.0"],
 }
 
