@@ -53,7 +53,8 @@ def test_only_what_is_stored_of_activations_and_transforms_that_look_at_them_obs
         with contextlib.suppress(RecipeError):
             static = {values.get("scheme"), values.get("activation")} & {"static", "tensor-static"}
             stored = static or values.get("outlier_weight") == "float"
-            assert method_class(name)().observes(values) == bool(stored or name == "smoothquant")
+            looks = name == "smoothquant" or values.get("criterion") in ("wanda", "sparsegpt")
+            assert method_class(name)().observes(values) == bool(stored or looks)
 
 
 def test_smoothquant_leaves_layers_in_float():

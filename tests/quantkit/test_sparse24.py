@@ -16,7 +16,7 @@ from quantkit import sparsity
 from quantkit.checkpoint import Hub, open_folder
 from quantkit.dequantization import dequantized
 from quantkit.errors import RecipeError
-from quantkit.pipeline import prepare
+from quantkit.pipeline import planned, prepare
 from quantkit.recipe import Recipe, Step
 from quantkit.sparsifying import Streams
 
@@ -284,7 +284,8 @@ def test_the_criteria_are_ordered_as_in_the_papers(data, tmp_path):
 def test_the_statistics_are_in_the_memory_plan(model_folder, tmp_path, calibration, monkeypatch, name, criterion):
     """As many bytes as they really take at most: q, k and v share theirs where the plan saw that they do."""
     from quantkit import calibrated
-    from quantkit.pipeline import foresee
+    from quantkit.activity import activity
+    from quantkit.footprint import _Blocks
 
     taken = []
 
@@ -298,10 +299,12 @@ def test_the_statistics_are_in_the_memory_plan(model_folder, tmp_path, calibrati
     monkeypatch.setattr(calibrated, "Pruner", Weighed)
     folder = model_folder(name)
     prune(folder, tmp_path / "out", f"sparse24:criterion={criterion}", data=calibration)
-    words = {"samples": calibration["samples"], "seq_len": calibration["seq_len"]}
-    told = foresee(folder, steps=[f"sparse24:criterion={criterion}"], **words)[2].memory.parts["statistics"]
+    source, plan, _ = planned(folder, steps=[f"sparse24:criterion={criterion}"])
+    blocks = _Blocks(source, plan, torch.device("cpu"))
+    assert blocks.pruning(activity(source.skeleton, plan.findings, 1, 32))[0] == 0  # without a criterion
+    blocks.statistics_of = criterion
+    told = blocks.pruning(activity(source.skeleton, plan.findings, 1, 32))[0]
     assert max(taken) <= told <= (1.0 if criterion == "sparsegpt" else 4.0) * max(taken)
-    assert foresee(folder, steps=["sparse24:criterion=magnitude"])[2].memory.parts.get("statistics", 0) == 0
 
 
 def bytes_of(stream):
