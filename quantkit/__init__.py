@@ -22,18 +22,20 @@ if TYPE_CHECKING:
     from quantkit.publishing import push
     from quantkit.recipe import Recipe
     from quantkit.report import Report
+    from quantkit.transcoding import convert
 
 _HOME = {
     "Recipe": "quantkit.recipe",
     "Report": "quantkit.report",
     "benchmark": "quantkit.benchmark",
+    "convert": "quantkit.transcoding",
     "evaluate": "quantkit.evaluation",
     "load": "quantkit.loading",
     "push": "quantkit.publishing",
     "quantize": "quantkit.pipeline",
 }
 
-__all__ = ["Recipe", "Report", "__version__", "benchmark", "evaluate", "load", "push", "quantize"]
+__all__ = ["Recipe", "Report", "__version__", "benchmark", "convert", "evaluate", "load", "push", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

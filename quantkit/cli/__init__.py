@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 from quantkit_kernels.errors import KernelError
 
-from quantkit.cli import bench, demo, evaluate, generate, inspect, methods, plan, push, quantize
+from quantkit.cli import bench, convert, demo, evaluate, generate, inspect, methods, plan, push, quantize
 from quantkit.cli.options import CONTEXT, MESSAGES, show_messages
 from quantkit.errors import QuantkitError
 from quantkit.untrusted import printable
@@ -84,5 +84,5 @@ def main() -> None:
     """
 
 
-for module in (quantize, plan, evaluate, inspect, generate, bench, push, methods, demo):
+for module in (quantize, plan, evaluate, inspect, generate, bench, convert, push, methods, demo):
     main.add_command(module.command)

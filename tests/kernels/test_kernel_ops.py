@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from quantkit_kernels import cpu, formats, ops, reference
+from quantkit_kernels import cpu, formats, generic, ops, reference, sparse24
 from quantkit_kernels.errors import KernelError
 
 INT8 = torch.int8
@@ -141,6 +141,37 @@ def test_linear_weight_only_packed(bits, x_dtype, group_size, shape):
     within(out, expected, weight_only_bound(x, reference.decoded_weight(codes, scale, x_dtype), bias, expected))
 
 
+def halved(weight: torch.Tensor) -> torch.Tensor:
+    """Return the first 68 columns with zeros in two of every four: in places that differ from four to four."""
+    mask = torch.tensor([1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0]).repeat(5)[:68]
+    raw = weight[:, :68].contiguous().view(torch.int8 if weight.dtype.itemsize == 1 else weight.dtype)
+    return (raw * mask).to(raw.dtype).view(weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [*QUANTIZED, *FLOATS, "int4"])
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("groups", [1, 17])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,)])
+def test_linear_sparse24(dtype, x_dtype, groups, shape):
+    x, weight, bias = inputs(3, shape, x_dtype, True)
+    x, scale = x[..., :68], None
+    if dtype in FLOATS:
+        decoded = halved(weight.to(dtype))
+        parts = sparse24.pack(decoded)
+        decoded = decoded.to(x_dtype).double()
+    else:
+        kind, bits = (INT8, 4) if dtype == "int4" else (dtype, 8)
+        codes, scale = formats.quantize_weight(weight[:, :68], kind, 68 // groups, bits=bits)
+        codes = halved(codes)
+        parts = sparse24.pack_int4(codes) if bits == 4 else sparse24.pack(codes)
+        decoded = reference.decoded_weight(codes, scale, x_dtype)
+    out = ops.linear_sparse24(x, *parts, scale, bias)
+    assert out.dtype == x_dtype
+    expected = reference.linear_sparse24(x, *parts, scale, bias)
+    within(out, expected, weight_only_bound(x, decoded, bias, expected))
+    assert torch.equal(out, generic.linear_sparse24(x, *parts, scale, bias)) or x_dtype != torch.float32
+
+
 OFFSETS = torch.tensor([0, 2, 5], dtype=torch.int32)
 
 
@@ -166,6 +197,8 @@ def all_ops(dtype: torch.dtype, bits: int = 4):
         "linear_grouped": (x, *(torch.stack([each, each]) for each in (codes, scale)), OFFSETS, "token"),
         "linear_grouped weights": (x, *(torch.stack([each, each]) for each in (codes, scale)), OFFSETS, "none"),
         "linear_weight_only_packed": (x, packed, scale, bias, bits),
+        "linear_sparse24": (x[:, :68], *sparse24.pack(halved(codes)), scale, bias),
+        "linear_sparse24 float": (x[:, :68], *sparse24.pack(halved(weight)), None, bias),
     }
     if dtype == INT8:
         arguments["linear_llm_int8"] = (x, codes, scale, bias, 6.0)
@@ -247,7 +280,9 @@ def strided(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("with_vnni", [True, False])
-@pytest.mark.parametrize(("name", "dtype"), [case for case in LINEARS if "packed" not in case[0]])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [case for case in LINEARS if "packed" not in case[0] and "float" not in case[0]]
+)
 def test_weights_of_any_strides(monkeypatch, name, dtype, with_vnni):
     """Int8 gives the same bits (LLM.int8: where no column is an outlier); float sums may be added in another order."""
     if with_vnni and not torch.cpu._is_vnni_supported():

@@ -182,7 +182,7 @@ def test_compressed_tensors_that_do_not_fit_are_told() -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+        ({"sparsity_config": {"format": "sparse-bitmask"}}, "sparse-bitmask"),
         ({"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
         ({"config_groups": {}}, "config_groups"),
         ({"config_groups": {"g": 3}}, "'g'"),

@@ -13,6 +13,7 @@ from schemes import E5M2, SCHEMES
 from quantkit import formats
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats import FORMATS, bitsandbytes, compressed_tensors, native
+from quantkit.modules import quantize_linear
 from quantkit.scheme import Scheme
 
 PAIRS = [
@@ -177,7 +178,7 @@ def test_unknown_methods_are_refused(config):
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 4},
+        {"version": 5},
         {"version": None},
         {"groups": None},
         {"groups": 5},
@@ -252,3 +253,59 @@ def test_any_config_is_read_or_is_a_checkpoint_error(form, data):
 def test_any_json_object_is_refused_by_a_checkpoint_error(form, config):
     with contextlib.suppress(CheckpointError):
         form.parse({"version": native.VERSION, **config})
+
+
+SPARSE = [
+    Scheme("float", sparsity="2:4"),
+    Scheme("int8", sparsity="2:4"),
+    Scheme("int4", 4, sparsity="2:4"),
+    Scheme("float8_e4m3fn", activation_dtype="float8_e4m3fn", sparsity="2:4"),
+    Scheme("float8_e5m2", weight_granularity="tensor", sparsity="2:4"),
+]
+
+
+@pytest.mark.parametrize("scheme", SPARSE, ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("in_features", [4, 12, 64, 100])
+def test_sparse_codes_come_back_and_the_config_says_so(scheme: Scheme, in_features: int) -> None:
+    """Version 4: shapes as the specification says, bytes as they were, and the config gives the scheme back."""
+    weight = torch.randn(6, in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight.view(-1, 4)[:, ::3] = 0
+    codes, scale = quantize_linear(weight, scheme)
+    stored = native.compress(scheme, codes, scale)
+    specs = native.tensor_specs(scheme, 6, in_features, torch.bfloat16)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in specs.items()
+    }
+    found, found_scale = native.decompress(scheme, stored, in_features)
+    assert torch.equal(found.float(), codes.float())
+    assert torch.equal(found_scale, scale)
+    config = native.config(scheme, ["q"], [])
+    assert config["version"] == 4
+    assert native.parse(config).scheme_of("q") == scheme
+    with pytest.raises(CheckpointError, match="every weight is stored in version 1"):
+        native.parse(config | {"version": 1})
+
+
+def test_other_schemes_do_not_know_sparsity() -> None:
+    assert "sparsity" not in native.config(SCHEMES["w8a8"], ["q"], [])["groups"][0]["scheme"]
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "bitsandbytes"])
+def test_formats_of_others_do_not_pack_sparse_weights(form: str) -> None:
+    with pytest.raises(RecipeError, match=f"format {form} cannot hold this recipe"):
+        formats.choose(Scheme("int8", activation_dtype="int8", threshold=6.0, sparsity="2:4"), form)
+    assert formats.choose(SPARSE[1]) is native
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"weight_dtype": "float"},
+        {"weight_dtype": "float", "sparsity": "2:4", "group_size": 32},
+        {"weight_dtype": "int8", "sparsity": "4:8"},
+        {"weight_dtype": "uint4", "sparsity": "2:4"},
+    ],
+)
+def test_sparse_schemes_that_are_none_are_refused(words: dict[str, object]) -> None:
+    with pytest.raises(RecipeError):
+        Scheme(**words)
