@@ -16,7 +16,13 @@ globs = text_.filter(lambda text: not text.startswith("re:"))
 regexes = st.sampled_from(["re:.*", r"re:.*\.mlp\..*", "re:a|b", "re:[^x]+$"])
 
 
-numbers = {"threshold": st.floats(1e-3, 1e3), "alpha": st.floats(0, 1)}
+shares = st.floats(1e-3, 0.999).map("{:.6f}".format)
+numbers = {
+    "threshold": st.floats(1e-3, 1e3).map("{:.6f}".format),
+    "alpha": st.floats(0, 1).map("{:.6f}".format),
+    "dampening": shares,
+    "pattern": shares.map("unstructured:{}".format),
+}
 QUANTIZERS = [name for name in METHODS if method_class(name).quantizes]
 
 
@@ -28,10 +34,12 @@ def steps(draw, names=tuple(METHODS)):
     for parameter in draw(st.lists(st.sampled_from(method_class(name).parameters), unique=True)):
         values = st.sampled_from(parameter.choices)
         if parameter.check is not None:
-            values |= numbers[parameter.name].map(lambda number: f"{number:.6f}")
+            values |= numbers[parameter.name]
         parameters[parameter.name] = draw(values)
     if "static" not in parameters.get("activation", "") + parameters.get("scheme", ""):
         parameters.pop("activation_range", None)
+    if parameters.get("criterion", "sparsegpt") != "sparsegpt":
+        parameters.pop("dampening", None)
     return Step(name, parameters)
 
 
@@ -39,7 +47,8 @@ def steps(draw, names=tuple(METHODS)):
 def recipes(draw):
     patterns = st.lists(globs | regexes, max_size=3)
     whole = st.integers(min_value=-(2**63), max_value=2**63 - 1)
-    transforms = draw(st.lists(steps(("smoothquant",)), max_size=1))
+    chosen = draw(st.lists(st.sampled_from(["smoothquant", "sparse24"]), unique=True))
+    transforms = [draw(steps((name,))) for name in chosen]
     quantizers = draw(st.lists(steps(QUANTIZERS), min_size=0 if transforms else 1, max_size=1))
     return Recipe.of([*transforms, *quantizers], draw(patterns), draw(patterns), draw(whole))
 
@@ -124,7 +133,7 @@ def test_a_file_wins_over_no_bundled_name_of_the_same_spelling(tmp_path, monkeyp
 
 
 BAD_STEPS = {
-    "gptq": ("'gptq'", "smoothquant, w8a8, int8, int4, llm-int8, fp8", "quantkit methods"),
+    "gptq": ("'gptq'", "smoothquant, sparse24, w8a8, int8, int4, llm-int8, fp8", "quantkit methods"),
     "": ("''", "w8a8"),
     "W8A8": ("'W8A8'", "w8a8"),
     "w8a8:": ("''", "key=value"),
