@@ -249,6 +249,8 @@ def _perplexity(run: _Run, tokens: Tokens, name: str) -> dict[str, Any]:
         "perplexity_stderr": result.stderr,
         "bits_per_byte": bits,
     }
+    if kept.before:  # seconds and served calls are those of the batches after
+        measured["resumed_after_batches"] = kept.before
     if pair.baseline is not None:
         base_result = theirs.result()
         measured |= {
@@ -296,6 +298,8 @@ def _last_word(run: _Run, texts: Texts, tokenizer: Any) -> dict[str, Any]:
         "split_passages": sum(p.split for p in passages),
         "skipped_passages": skipped,
     }
+    if kept.before:  # seconds and served calls are those of the batches after
+        measured["resumed_after_batches"] = kept.before
     if pair.baseline is not None:
         base_result = theirs.result()
         measured |= {

@@ -149,7 +149,8 @@ class Journal:
         """A folder for what need not outlive this process."""
         folder = self.folder / SCRATCH
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with writing(folder):
+            folder.mkdir()
         try:
             yield folder
         finally:
