@@ -1,7 +1,5 @@
 """Evaluations that go on where they were stopped: their statistics, kept in the user's cache from time to time."""
 
-import hashlib
-import json
 import logging
 import os
 import time
@@ -13,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from quantkit.errors import CheckpointError
-from quantkit.shards import read_tensors, write_tensors
+from quantkit.shards import json_checksum, read_tensors, write_tensors
 
 INTERVAL = 30.0
 """Seconds after which statistics are kept anew; a machine that fails loses no more of an evaluation."""
@@ -64,8 +62,7 @@ class Interruptible:
         self._path: Path | None = None
         self._saved = time.monotonic()
         if fingerprint is not None:
-            text = json.dumps(fingerprint, sort_keys=True, default=str)
-            self._path = cache_folder() / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
+            self._path = cache_folder() / f"{json_checksum(fingerprint)}.safetensors"
             if restart:
                 self._path.unlink(missing_ok=True)
             self._take_up(self._path)
