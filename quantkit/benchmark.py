@@ -27,7 +27,7 @@ from quantkit.checkpoint import Hub, read_config, resolve
 from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.loading import DTYPES
 from quantkit.measuring import CACHES, Subject, Task, request_line
-from quantkit.pairing import Model, name_of, place_of, refuse_elsewhere
+from quantkit.pairing import Model, name_of, place_of, refuse_elsewhere, refuse_other_backend
 from quantkit.progress import Steps
 from quantkit.shards import ShardReader
 from quantkit.version import __version__
@@ -103,6 +103,7 @@ def benchmark(
     place = place_of(model, baseline, device)
     in_memory = [given for given in (model, baseline) if isinstance(given, nn.Module)]
     refuse_elsewhere(in_memory, torch.device(place), f"what is compared is to be on {place}")
+    refuse_other_backend(in_memory, backend)
     folder = _folder(model, hub)
     notes: list[str] = []
     if baseline is None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from quantkit_calibration.sequential import Calls, OrderError, run_blocks
-from quantkit_calibration.spilling import Spill
+from quantkit_calibration.spilling import Spill, SpillError
 from torch import nn
 
 from quantkit.candidates import Candidate
 from quantkit.checkpoint import Source, empty_copy, use_plain_implementations
 from quantkit.compression import Worked, compress_stage
+from quantkit.durable import write_error
 from quantkit.errors import CheckpointError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.exploration import outermost_lists, without_cache
@@ -67,7 +68,7 @@ def compress_calibrated(
         track: called with a block's number when it is done.
 
     Raises:
-        CheckpointError: the model doesn't run block by block.
+        CheckpointError: the model doesn't run block by block, or the disk has no room for hidden states.
     """
     forget_embeddings: Callable[[], None]
     work = _Work(plan, recipe, source, journal, device, batching.excess)
@@ -109,6 +110,8 @@ def compress_calibrated(
             run_blocks(work.model, blocks, batches, visit, order=order, spill=spill)
         except OrderError as error:
             raise CheckpointError(f"{source.name} cannot be calibrated block by block: {error}") from error
+        except SpillError as error:
+            raise write_error(error, journal.folder) from error
 
 
 class _Work:

@@ -49,6 +49,7 @@ from quantkit.pairing import (
     window_length,
 )
 from quantkit.progress import track
+from quantkit.served import calls_of, counting, rows
 from quantkit.texts import Texts, Tokens, encode, read, tokenize
 from quantkit.version import __version__
 
@@ -127,7 +128,7 @@ def evaluate(
             tokenizer = tokenizer_for(model, baseline, hub, asked)
     tokens = tokenize(texts, tokenizer) if texts is not None and texts.kind != "passages" else None
     measured: dict[str, Any] = {}
-    with loaded(model, baseline, hub, device, backend) as pair:
+    with loaded(model, baseline, hub, device, backend) as pair, counting(pair.model, pair.baseline) as counters:
         if texts is not None:
             length = window_length(pair, seq_len)
             with torch.inference_mode(), _memory_errors(batch_size, length), position_errors(pair.name, length):
@@ -139,8 +140,10 @@ def evaluate(
             if pair.baseline is not None:
                 measured["baseline_tasks"] = harness.run(pair.baseline, tokenizer, batch_size, progress)
         used = backend_in_use(pair.model)
+        served = {"served": rows(calls=counters[0])}
+        served |= {} if pair.baseline is None else {"baseline_served": rows(calls=counters[1])}
     head = {"model": pair.name} | ({} if texts is None else {"dataset": texts.name})
-    cost = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes(), "backend": used}
+    cost = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes(), "backend": used, **served}
     common = ("protocol", "tokens", "perplexity", "perplexity_stderr", "bits_per_byte")
     result = head | {key: measured.pop(key) for key in common if key in measured} | cost | measured
     for key, value in result.items():
@@ -246,6 +249,8 @@ def _perplexity(run: _Run, tokens: Tokens, name: str) -> dict[str, Any]:
         "perplexity_stderr": result.stderr,
         "bits_per_byte": bits,
     }
+    if kept.before:  # seconds and served calls are those of the batches after
+        measured["resumed_after_batches"] = kept.before
     if pair.baseline is not None:
         base_result = theirs.result()
         measured |= {
@@ -293,6 +298,8 @@ def _last_word(run: _Run, texts: Texts, tokenizer: Any) -> dict[str, Any]:
         "split_passages": sum(p.split for p in passages),
         "skipped_passages": skipped,
     }
+    if kept.before:  # seconds and served calls are those of the batches after
+        measured["resumed_after_batches"] = kept.before
     if pair.baseline is not None:
         base_result = theirs.result()
         measured |= {
@@ -369,7 +376,8 @@ def _logits(model: Model, input_ids: torch.Tensor, mask: torch.Tensor | None = N
         arguments["attention_mask"] = mask.to(model.device)
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
-    logits: torch.Tensor = model(**arguments).logits
+    with calls_of(model):
+        logits: torch.Tensor = model(**arguments).logits
     return logits
 
 

@@ -128,6 +128,7 @@ def footprint(
     windows: tuple[int, int],
     device: torch.device,
     limit: int | None = None,
+    only: Batching | None = None,
 ) -> Footprint:
     """The memory that a run takes; under a limit with smaller batches and hidden states on disk where that is needed.
 
@@ -138,6 +139,7 @@ def footprint(
         windows: of calibration: how many, and the tokens of each; unused when nothing is observed.
         device: what the blocks run on.
         limit: bytes that the host's peak must not pass.
+        only: the one way to run the windows that is open, if there is one; it is that of a run that was begun.
 
     Raises:
         RecipeError: no way stays within the limit; the message says what the least is.
@@ -151,7 +153,7 @@ def footprint(
     if recipe.observes_pruning:
         blocks.statistics_of = Pruning.of(recipe.pruning).criterion if recipe.pruning is not None else None
     least: Footprint | None = None
-    for batching in ways(count, length, device):
+    for batching in ways(count, length, device) if only is None else (only,):
         done = activity(source.skeleton, plan.findings, batching.windows, length)
         found = blocks.calibrated(done, -(-(count - 1) // batching.windows) + 1, batching)
         if limit is None or MARGIN * found.host_bytes <= limit:

@@ -1,13 +1,12 @@
 """What tells one model from another: the fingerprint that a run which was stopped is taken up by."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import Source
 from quantkit.errors import CheckpointError
-from quantkit.shards import checksum
+from quantkit.shards import checksum, json_checksum
 
 HEADER_LIMIT = 100_000_000
 """safetensors refuses longer headers."""
@@ -18,10 +17,10 @@ def identity(source: Source) -> dict[str, Any]:
 
     A model in memory is known by the hashes of its tensors.
     """
-    config = hashlib.blake2b(json.dumps(source.config, sort_keys=True).encode(), digest_size=16).hexdigest()
+    config = json_checksum(source.config)
     if source.folder is None:
         weights = {name: checksum(source.weights.get(name)) for name in source.weights.tensors}
-        return {"config": config, "tensors": _digest(weights)}
+        return {"config": config, "tensors": json_checksum(weights)}
     return {"config": config, "files": files_of(source.folder)}
 
 
@@ -52,7 +51,3 @@ def _file(path: Path) -> list[Any]:
     except OSError as error:
         raise CheckpointError(f"shard {path} cannot be read: {error.strerror}; fetch it again") from error
     return [status.st_size, status.st_mtime_ns, hashlib.blake2b(header, digest_size=16).hexdigest()]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,7 +1,5 @@
 """Evaluations that go on where they were stopped: their statistics, kept in the user's cache from time to time."""
 
-import hashlib
-import json
 import logging
 import os
 import time
@@ -13,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from quantkit.errors import CheckpointError
-from quantkit.shards import read_tensors, write_tensors
+from quantkit.shards import json_checksum, read_tensors, write_tensors
 
 INTERVAL = 30.0
 """Seconds after which statistics are kept anew; a machine that fails loses no more of an evaluation."""
@@ -50,18 +48,21 @@ class Interruptible:
         fingerprint: what the evaluation is known by, or None for one that can't be known again (a model in memory).
         statistics: what is gathered, by name.
         restart: begin anew, whatever an earlier one did.
+
+    Attributes:
+        count: batches that are done.
+        before: those of them that were done before this one was taken up.
     """
 
     def __init__(
         self, fingerprint: Mapping[str, Any] | None, statistics: Mapping[str, Statistic], *, restart: bool = False
     ) -> None:
         self.statistics = statistics
-        self.count = 0
+        self.count = self.before = 0
         self._path: Path | None = None
         self._saved = time.monotonic()
         if fingerprint is not None:
-            text = json.dumps(fingerprint, sort_keys=True, default=str)
-            self._path = cache_folder() / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
+            self._path = cache_folder() / f"{json_checksum(fingerprint)}.safetensors"
             if restart:
                 self._path.unlink(missing_ok=True)
             self._take_up(self._path)
@@ -80,7 +81,7 @@ class Interruptible:
             raise CheckpointError(
                 f"{path}, which an evaluation that was stopped left, is damaged ({error}); give --restart to begin anew"
             ) from error
-        self.count = count
+        self.count = self.before = count
         log.warning("going on after batch %d, where this evaluation was stopped; --restart begins anew", count)
 
     def left(self, batches: Sequence[T]) -> Sequence[T]:
@@ -91,21 +92,30 @@ class Interruptible:
         """Say that one more batch is in the statistics."""
         self.count += 1
         if time.monotonic() - self._saved >= INTERVAL:
-            self._save()
+            self._keep()
 
-    def _save(self) -> None:
+    def _keep(self) -> bool:
+        """Whether the statistics are kept; where they can't be, that is said once, and the evaluation goes on."""
         if self._path is None:
-            return
+            return False
+        try:
+            self._save(self._path)
+        except CheckpointError as error:
+            log.warning("what is evaluated is not kept, and begins anew if it is stopped: %s", error)
+            self._path = None
+        return self._path is not None
+
+    def _save(self, path: Path) -> None:
         tensors = {DONE: torch.tensor(self.count)}
         for name, statistic in self.statistics.items():
             tensors |= {f"{name}.{key}": value for key, value in statistic.state().items()}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
-                f"{self._path.parent} cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder of yours"
+                f"{path.parent} cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder of yours"
             ) from error
-        write_tensors(self._path, tensors)
+        write_tensors(path, tensors)
         self._saved = time.monotonic()
 
     def __enter__(self) -> "Interruptible":
@@ -118,6 +128,5 @@ class Interruptible:
             return
         if kind is None:
             self._path.unlink(missing_ok=True)
-        elif issubclass(kind, KeyboardInterrupt) and self.count:
-            self._save()
+        elif issubclass(kind, KeyboardInterrupt) and self.count and self._keep():
             log.warning("%d batches are kept: the same command goes on after them", self.count)

@@ -5,7 +5,6 @@ it is written once those are durable, under a temporary name, synced and renamed
 and so is what isn't whole any more: every record carries a hash of itself, and of all tensors that it names.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -22,7 +21,7 @@ from quantkit.durable import put, sync, write_json, writing
 from quantkit.errors import CheckpointError
 from quantkit.memory import peak_memory_bytes
 from quantkit.outcome import GroupReport, LayerReport, Outcome, PrunedReport
-from quantkit.shards import Part, ShardWriter, checksum, is_whole, read_tensors, write_tensors
+from quantkit.shards import Part, ShardWriter, checksum, is_whole, json_checksum, read_tensors, write_tensors
 
 STATE = "quantkit_state"
 FINGERPRINT = "fingerprint.json"
@@ -149,7 +148,8 @@ class Journal:
         """A folder for what need not outlive this process."""
         folder = self.folder / SCRATCH
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with writing(folder):
+            folder.mkdir()
         try:
             yield folder
         finally:
@@ -244,7 +244,7 @@ class Journal:
 def write_whole(path: Path, value: Any) -> None:
     """Write a JSON file that is whole and durable when it appears, and says a hash of itself."""
     temporary = path.with_suffix(".tmp")
-    write_json(temporary, {"hash": _hash(value), "content": value})
+    write_json(temporary, {"hash": json_checksum(value), "content": value})
     put(temporary, path)
 
 
@@ -253,15 +253,11 @@ def read_whole(path: Path) -> Any:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         content = read["content"]
-        if set(read) != {"hash", "content"} or read["hash"] != _hash(content):
+        if set(read) != {"hash", "content"} or read["hash"] != json_checksum(content):
             raise ValueError("it is not as it was written")
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError("it is not as it was written") from error
     return content
-
-
-def _hash(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def outcome_of(values: Mapping[str, Any]) -> Outcome:

@@ -12,24 +12,24 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from quantkit_kernels.backends import counted
 from quantkit_kernels.errors import KernelError
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.checkpoint import quiet_transformers
 from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.experts import quantized_experts
 from quantkit.loading import load
 from quantkit.memory import peak_memory_bytes
-from quantkit.modules import Decoded, QuantizedLinear
+from quantkit.modules import Decoded
 from quantkit.pairing import Model, context_length, vocabulary
+from quantkit.served import Calls, rows
 
 CACHES = ("auto", "dynamic", "static")
 
@@ -97,19 +97,15 @@ class Subject:
         """What the model is and which kernels serve it, after one run whose time doesn't count."""
         with _errors(self.task), torch.inference_mode():
             prefill = self._calls(0)
-            steps = self._calls(1) - prefill if self.task.new_tokens else Counter[tuple[str, str]]()
+            steps = self._calls(1) - prefill if self.task.new_tokens else Calls()
             self.run()
-        served = [
-            {"op": op, "backend": backend, "calls_prefill": prefill[op, backend], "calls_step": steps[op, backend]}
-            for op, backend in sorted({*prefill, *steps})
-        ]
         return {
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "vocabulary": vocabulary(self.model),
             "device": _device_name(self.device),
             "attention": getattr(self.model.config, "_attn_implementation", None),
             "cache": self.cache,
-            "served": served,
+            "served": rows(calls_prefill=prefill, calls_step=steps),
             "weight_bytes": weight_bytes(self.model),
             "threads": torch.get_num_threads(),
         }
@@ -160,14 +156,14 @@ class Subject:
             **words,
         )
 
-    def _calls(self, steps: int) -> Counter[tuple[str, str]]:
+    def _calls(self, steps: int) -> Calls:
         """How many calls of each op, on each backend, the prompt's pass and these steps make."""
-        with _Calls(self.model) as calls:
+        with counted() as calls:
             if steps:
                 self._generate(steps, [], disable_compile=True)
             else:
                 _forward(self.model, self.ids)
-        return calls.counted
+        return calls
 
     def _now(self) -> Any:
         """The time; on a GPU an event in its stream, so that nothing waits for it."""
@@ -183,45 +179,6 @@ class Subject:
             return float(ended - started)
         torch.cuda.synchronize(self.device)
         return float(started.elapsed_time(ended)) / 1000
-
-
-class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what serves packed layers: their own calls, and ops on packed experts, which are called by no layer."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counted: Counter[tuple[str, str]] = Counter()
-        self._layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-        self._experts = {experts.op: experts.backend_in_use for _, experts in quantized_experts(model)}
-        self._inside = 0
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> "_Calls":
-        for layer in self._layers:
-            self._hooks.append(layer.register_forward_pre_hook(self._into))
-            self._hooks.append(layer.register_forward_hook(self._out_of))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for hook in self._hooks:
-            hook.remove()
-
-    def _into(self, layer: nn.Module, inputs: Any) -> None:
-        self._inside += 1
-
-    def _out_of(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        self._inside -= 1
-        assert isinstance(layer, QuantizedLinear)
-        self.counted[layer.op, layer.backend_in_use] += 1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = func.name().partition("::")
-        op = name.partition(".")[0]
-        if namespace == "quantkit" and not self._inside and op in self._experts:
-            self.counted[op, self._experts[op]] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def prompt_ids(model: Model, task: Task) -> torch.Tensor:

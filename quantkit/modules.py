@@ -151,7 +151,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output [..., N] in x's dtype, for x [..., K]."""
         op, scheme, bias, backend = self._op, self.scheme, self._parameters.get("bias"), self.backend
-        if self.keep_decoded and scheme.activation_dtype != "int8" and is_plain_call(x, bias):
+        keeps = self.keep_decoded and backend != "triton"  # which is an order: the op obeys it, or says why not
+        if keeps and scheme.activation_dtype != "int8" and is_plain_call(x, bias):
             found = self._decoded_for(x.dtype)
             if found is not None:
                 given = self.get_buffer("input_scale") if scheme.is_static else None

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantkit_kernels.backends import BACKENDS
 
 from quantkit.checkpoint import Hub, load_tokenizer, resolve
 from quantkit.devices import pick_device
 from quantkit.errors import DataError, QuantkitError
+from quantkit.experts import quantized_experts
 from quantkit.loading import load
 from quantkit.modules import QuantizedLinear
 from quantkit.texts import Texts
@@ -146,6 +148,7 @@ def loaded(model: Any, baseline: Any, hub: Hub, device: str, backend: str) -> It
     for given in (model, baseline):
         if given is not None and not _is_path(given) and not isinstance(given, torch.nn.Module):
             raise QuantkitError(f"{given!r} is no model: give a folder, a hub id or a transformers model")
+    refuse_other_backend([given for given in (model, baseline) if isinstance(given, torch.nn.Module)], backend)
     place = place_of(model, baseline, device)
     ours = _load(model, hub, place, backend)
     theirs = None if baseline is None else _load(baseline, baseline_hub(hub), place, backend)
@@ -181,6 +184,23 @@ def refuse_elsewhere(models: Sequence[Any], place: torch.device, said: str) -> N
     for given in models:
         if not same_place(place, torch.device(str(given.device)), current):
             raise QuantkitError(f"{said} and {name_of(given)} is on {given.device}: move it or say device auto")
+
+
+def refuse_other_backend(models: Sequence[Any], backend: str) -> None:
+    """Return nothing; raise QuantkitError for a backend that is unknown, or not the one that a model was loaded with.
+
+    With `auto` each model in memory keeps its own.
+    """
+    if backend not in BACKENDS:
+        raise QuantkitError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
+    for given in models if backend != "auto" else ():
+        layers = [module for module in given.modules() if isinstance(module, QuantizedLinear)]
+        for packed in (*layers, *(experts for _, experts in quantized_experts(given))):
+            if packed.backend != backend:
+                raise QuantkitError(
+                    f"backend is {backend!r} and {name_of(given)} in memory was loaded with {packed.backend!r}: load "
+                    f"it with backend={backend!r}, or say auto"
+                )
 
 
 def same_place(one: torch.device, other: torch.device, current: int) -> bool:

@@ -151,9 +151,9 @@ def quantize(
     hub = Hub(revision, token, cache_dir, trust_remote_code, progress)
     source = open_for_plan(model, hub, tokenizer, dequantize=dequantize)
     plan = make_plan(source, made, format)
-    refuse_full_disk(target, disk_bytes(source, plan))
-    length = calibration_length(source, made, seq_len)
-    footprint(source, plan, made, (samples, length), place, allowed)  # refused before anything is read or fetched
+    shape = (samples, calibration_length(source, made, seq_len))
+    memory = footprint(source, plan, made, shape, place, allowed)  # refused before anything is read or fetched
+    refuse_full_disk(target, disk_bytes(source, plan) + memory.spilled_bytes)
     if not source.whole:  # what can be found out before a download is; the plan of what came is made anew
         source = open_source(model, hub, tokenizer, dequantize=dequantize)
         plan = make_plan(source, made, format)
@@ -176,6 +176,8 @@ def quantize(
             batching = None
             if foreseen.batching is not None:  # as a run was begun it goes on, or its bits would differ
                 batching = Batching(**journal.setting("batching", asdict(foreseen.batching)))
+                if batching != foreseen.batching:
+                    foreseen = footprint(source, plan, made, shape, place, allowed, only=batching)
             done = compress(plan, made, source, journal, place, windows, batching, progress)
             refuse_changed(source, known["model"])
             plan = replace(plan, targets=counted(plan.targets, done.layers))

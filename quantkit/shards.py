@@ -1,6 +1,7 @@
 """Safetensors files: reading a checkpoint tensor by tensor, and writing one shard by shard. Knows no model."""
 
 import hashlib
+import json
 import math
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -284,6 +286,11 @@ def is_whole(path: Path, checksums: Mapping[str, str]) -> bool:
             return dict(zip(found, pool.map(stored_checksum, found.values()), strict=True)) == checksums
     except (CheckpointError, OSError):
         return False
+
+
+def json_checksum(value: Any) -> str:
+    """A hash of a value that JSON can write, the order of keys aside."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _digest(dtype: torch.dtype, shape: Sequence[int]) -> "hashlib._Hash":

@@ -6,7 +6,8 @@ its shape and strides, and its storage has no bytes for a while.
 
 import itertools
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ SMALLEST = 1 << 16
 
 PIECE = 1 << 24
 """Bytes that are written and read at a time."""
+
+
+class SpillError(OSError):
+    """A file of waiting tensors can't be written or read; it has the `errno` of what went wrong."""
 
 
 @dataclass(eq=False)
@@ -59,7 +64,7 @@ class Spill:
         well, and stays in memory.
 
         Raises:
-            OSError: the disk is full, or another failure to write; then the tensors are as they were.
+            SpillError: the disk is full, or another failure to write; then the tensors are as they were.
         """
         found: dict[int, torch.Tensor] = {}
         for leaf in tree_leaves(values):
@@ -102,7 +107,7 @@ class Spill:
             return
         changed = [each for each in parcel.waiting if each.version != each.tensor._version]
         for each in changed:
-            with each.file.open("wb") as file:
+            with _told(), each.file.open("wb") as file:
                 for piece in _bytes(each.tensor).split(PIECE):  # type: ignore[no-untyped-call]
                     # A copy: a storage that numpy has looked at can't be resized any more.
                     file.write(piece.to("cpu", copy=True).numpy().data)
@@ -136,10 +141,19 @@ class Spill:
         return rest
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """While this lasts whatever the disk refuses is a SpillError."""
+    try:
+        yield
+    except OSError as error:
+        raise SpillError(*error.args) from error
+
+
 def _fill(waiting: _Waiting) -> None:
     """Fill a storage with what it held."""
     waiting.tensor.untyped_storage().resize_(waiting.nbytes)
-    with waiting.file.open("rb") as file:
+    with _told(), waiting.file.open("rb") as file:
         for piece in _bytes(waiting.tensor).split(PIECE):  # type: ignore[no-untyped-call]
             held = torch.empty(piece.numel(), dtype=torch.uint8)
             if file.readinto(held.numpy().data) != piece.numel():

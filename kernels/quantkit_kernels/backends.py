@@ -7,6 +7,10 @@ elsewhere. "triton" is an order: where it cannot be obeyed it raises and says wh
 
 import functools
 import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -76,6 +80,56 @@ def select_backend(op: str, dtype: torch.dtype, device: torch.device, backend: s
     if backend == "auto" and on_gpu and architecture(device) >= _least_architecture(op, dtype):
         return "triton"
     return "cpu" if device.type == "cpu" and op in CPU_PATHS else "torch"
+
+
+class Call(NamedTuple):
+    """What served a call of an op.
+
+    Attributes:
+        op: name of the op.
+        dtype: dtype of the quantized numbers: torch.int8, an fp8 dtype, or torch.int32 where they are packed.
+        backend: "triton", "torch" or "cpu", as `select_backend` gives it.
+    """
+
+    op: str
+    dtype: torch.dtype
+    backend: str
+
+
+_counting: dict[object, Counter[Call]] = {}
+
+
+@contextmanager
+def counted(calls: Counter[Call] | None = None) -> Iterator[Counter[Call]]:
+    """Give the counter that is added to at every call of an op until the end of the context.
+
+    Calls are counted where they run, so a compiled model's are too; what a CUDA graph replays is not called again.
+    It is a counter of the process: calls of other threads are among them.
+
+    Args:
+        calls: a counter to go on with; by default a new one.
+    """
+    calls = Counter() if calls is None else calls
+    mine = object()
+    _counting[mine] = calls
+    try:
+        yield calls
+    finally:
+        del _counting[mine]
+
+
+def count(op: str, dtype: torch.dtype, backend: str) -> None:
+    """Add a call that runs now to the counters that are open."""
+    for calls in _counting.values():
+        calls[Call(op, dtype, backend)] += 1
+
+
+def take_backend(op: str, dtype: torch.dtype, device: torch.device, backend: str) -> str:
+    """Return what `select_backend` returns, for a call that runs now: it is counted."""
+    taken = select_backend(op, dtype, device, backend)
+    if _counting:
+        count(op, dtype, taken)
+    return taken
 
 
 @functools.cache

@@ -15,7 +15,9 @@ where it is false. The choice is a function of the shape alone, so that timings 
 import functools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,39 @@ def configuration(kernel: str, tokens: int, out_features: int, in_features: int,
         KernelError: for a device before sm_80, a table that cannot be read, or a kernel without an entry.
     """
     cache_home = os.environ.get("XDG_CACHE_HOME")
-    return dict(_choice(kernel, tokens, out_features, in_features, architecture, cache_home))
+    found = dict(_choice(kernel, tokens, out_features, in_features, architecture, cache_home))
+    for attempt in _trials:
+        attempt.asked[kernel, tokens, out_features, in_features] = found
+        found = dict(attempt.instead.get(kernel, found))
+    return found
+
+
+@dataclass
+class Trial:
+    """What kernels are told instead, by name, and what was asked for: kernel, M, N and K, and the tables' answer."""
+
+    instead: dict[str, dict[str, int]]
+    asked: dict[tuple[str, int, int, int], dict[str, int]] = field(default_factory=dict)
+
+
+_trials: list[Trial] = []
+
+
+@contextmanager
+def trial(instead: dict[str, dict[str, int]]) -> Iterator[Trial]:
+    """Give kernels the configurations of `instead`, by name, while it lasts: what tuning tries out."""
+    attempt = Trial(instead)
+    _trials.append(attempt)
+    try:
+        yield attempt
+    finally:
+        _trials.remove(attempt)
+
+
+def forget() -> None:
+    """Forget what was read of tables: after one has been written."""
+    table.cache_clear()
+    _choice.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit_kernels import cpu, cpu_decoding, formats, generic
+from quantkit_kernels.backends import count
 
 _FEW = 4096
 
@@ -91,6 +92,7 @@ def linear(
         input_scale: that of `linear_tensor`, or None.
         bias: [N], any float dtype, or None.
     """
+    count(op, torch.int32 if op == "linear_weight_only_packed" else dtype, "cpu")
     if op in WEIGHTS_ALONE:
         out = _product(generic.tokens(x), weight, None if bias is None else bias.to(x.dtype))
         return out.view(*x.shape[:-1], weight.shape[0])

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import checks, cpu, cpu_decoding, generic
-from quantkit_kernels.backends import select_backend
+from quantkit_kernels.backends import select_backend, take_backend
 from quantkit_kernels.dispatch import is_plain_call
 from quantkit_kernels.errors import KernelError
 from quantkit_kernels.ops_grouped import linear_grouped
@@ -282,7 +282,7 @@ def _scaled_mm(
     backend: str = "auto",
 ) -> Tensor:
     checks.scaled_mm(a, b, a_scale, b_scale, bias, out_dtype)
-    product = _scaled_product(select_backend("scaled_mm", a.dtype, a.device, backend))
+    product = _scaled_product(take_backend("scaled_mm", a.dtype, a.device, backend))
     return product(a, b, a_scale, b_scale, bias, out_dtype)
 
 
@@ -312,7 +312,7 @@ def _linear_dynamic(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
     checks.linear_dynamic(x, weight, weight_scale, bias)
-    way = select_backend("linear_dynamic", weight.dtype, x.device, backend)
+    way = take_backend("linear_dynamic", weight.dtype, x.device, backend)
     if way == "triton":
         from quantkit_kernels.gpu import linears
 
@@ -330,7 +330,7 @@ def _linear_tensor(
     backend: str = "auto",
 ) -> Tensor:
     checks.linear_tensor(x, weight, weight_scale, input_scale, bias)
-    way = select_backend("linear_tensor", weight.dtype, x.device, backend)
+    way = take_backend("linear_tensor", weight.dtype, x.device, backend)
     if way == "triton":
         from quantkit_kernels.gpu import linears
 
@@ -343,7 +343,7 @@ def _linear_block(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
     checks.linear_block(x, weight, weight_scale, bias)
-    way = select_backend("linear_block", weight.dtype, x.device, backend)
+    way = take_backend("linear_block", weight.dtype, x.device, backend)
     if way == "triton":
         from quantkit_kernels.gpu import linears
 
@@ -361,7 +361,7 @@ def _linear_llm_int8(
     backend: str = "auto",
 ) -> Tensor:
     checks.linear_llm_int8(x, weight, weight_scale, bias, threshold)
-    way = select_backend("linear_llm_int8", weight.dtype, x.device, backend)
+    way = take_backend("linear_llm_int8", weight.dtype, x.device, backend)
     if way == "triton":
         from quantkit_kernels.gpu import llm_int8
 
@@ -374,7 +374,7 @@ def _linear_weight_only(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, backend: str = "auto"
 ) -> Tensor:
     checks.linear_weight_only(x, weight, weight_scale, bias)
-    way = select_backend("linear_weight_only", weight.dtype, x.device, backend)
+    way = take_backend("linear_weight_only", weight.dtype, x.device, backend)
     if way == "triton":
         from quantkit_kernels.gpu import weight_only
 
@@ -392,7 +392,7 @@ def _linear_weight_only_packed(
     backend: str = "auto",
 ) -> Tensor:
     checks.linear_weight_only_packed(x, weight_packed, weight_scale, bias, bits)
-    way = select_backend("linear_weight_only_packed", weight_packed.dtype, x.device, backend)
+    way = take_backend("linear_weight_only_packed", weight_packed.dtype, x.device, backend)
     if way == "triton":
         from quantkit_kernels.gpu import weight_only
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import checks, cpu, generic
-from quantkit_kernels.backends import select_backend
+from quantkit_kernels.backends import take_backend
 from quantkit_kernels.dispatch import is_plain_call
 from quantkit_kernels.registration import register
 
@@ -46,7 +46,7 @@ def _linear_grouped(
     x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, activations: str, backend: str = "auto"
 ) -> Tensor:
     checks.linear_grouped(x, weight, weight_scale, offsets, activations)
-    way = select_backend("linear_grouped", weight.dtype, x.device, backend)
+    way = take_backend("linear_grouped", weight.dtype, x.device, backend)
     if way == "triton":
         from quantkit_kernels.gpu import grouped
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import checks, formats, generic
-from quantkit_kernels.backends import select_backend
+from quantkit_kernels.backends import take_backend
 from quantkit_kernels.registration import register
 
 Codes = tuple[Tensor, Tensor]
@@ -116,7 +116,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, backend: str = 
 
 def _quantize_per_token(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> Codes:
     checks.quantize_per_token(x, dtype)
-    if select_backend("quantize_per_token", dtype, x.device, backend) == "triton":
+    if take_backend("quantize_per_token", dtype, x.device, backend) == "triton":
         from quantkit_kernels.gpu import quantization
 
         return quantization.quantize_per_token(x, dtype)
@@ -130,7 +130,7 @@ def _quantize_per_token_fake(x: Tensor, dtype: torch.dtype, backend: str = "auto
 
 def _quantize_per_tensor(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, backend: str = "auto") -> Codes:
     checks.quantize_per_tensor(x, dtype, scale)
-    if select_backend("quantize_per_tensor", dtype, x.device, backend) == "triton":
+    if take_backend("quantize_per_tensor", dtype, x.device, backend) == "triton":
         from quantkit_kernels.gpu import quantization
 
         return quantization.quantize_per_tensor(x, dtype, scale)
@@ -147,7 +147,7 @@ def _quantize_per_tensor_fake(
 
 def _quantize_per_group(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> Codes:
     checks.quantize_per_group(x, dtype)
-    if select_backend("quantize_per_group", dtype, x.device, backend) == "triton":
+    if take_backend("quantize_per_group", dtype, x.device, backend) == "triton":
         from quantkit_kernels.gpu import quantization
 
         return quantization.quantize_per_group(x, dtype)
@@ -164,7 +164,7 @@ def _rms_norm_quantize(
     x: Tensor, gain: Tensor, eps: float, offset: float, dtype: torch.dtype, backend: str = "auto"
 ) -> Codes:
     checks.rms_norm_quantize(x, gain, eps, offset, dtype)
-    if select_backend("rms_norm_quantize", dtype, x.device, backend) == "triton":
+    if take_backend("rms_norm_quantize", dtype, x.device, backend) == "triton":
         from quantkit_kernels.gpu import quantization
 
         return quantization.rms_norm_quantize(x, gain, eps, offset, dtype)
@@ -180,7 +180,7 @@ def _rms_norm_quantize_fake(
 
 def _silu_mul_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype, backend: str = "auto") -> Codes:
     checks.silu_mul_quantize(gate, up, dtype)
-    if select_backend("silu_mul_quantize", dtype, gate.device, backend) == "triton":
+    if take_backend("silu_mul_quantize", dtype, gate.device, backend) == "triton":
         from quantkit_kernels.gpu import quantization
 
         return quantization.silu_mul_quantize(gate, up, dtype)
@@ -195,7 +195,7 @@ def _silu_mul_quantize_fake(gate: Tensor, up: Tensor, dtype: torch.dtype, backen
 def _dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     checks.dequantize(codes, scale, dtype)
     scales = scale.expand(codes.shape[0], 1) if scale.ndim == 1 else scale
-    if select_backend("dequantize", codes.dtype, codes.device, backend) == "triton":
+    if take_backend("dequantize", codes.dtype, codes.device, backend) == "triton":
         from quantkit_kernels.gpu import dequantize as kernel
 
         return kernel.dequantize(codes, scales, dtype)

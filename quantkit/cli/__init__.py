@@ -9,7 +9,19 @@ from typing import Any, NoReturn
 import click
 from quantkit_kernels.errors import KernelError
 
-from quantkit.cli import bench, convert, demo, evaluate, generate, inspect, methods, plan, push, quantize
+from quantkit.cli import (
+    bench,
+    bench_kernels,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    methods,
+    plan,
+    push,
+    quantize,
+)
 from quantkit.cli.options import CONTEXT, MESSAGES, show_messages
 from quantkit.errors import QuantkitError
 from quantkit.untrusted import printable
@@ -57,6 +69,8 @@ class Commands(click.Group):
         MESSAGES.setStream(sys.stderr)
         MESSAGES.setFormatter(_Line("quantkit: %(message)s"))
         logging.basicConfig(handlers=[MESSAGES])
+        log = logging.getLogger("quantkit")
+        level = log.level
         show_messages()
         in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
         before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
@@ -71,6 +85,7 @@ class Commands(click.Group):
             click.echo("quantkit: interrupted", err=True)
             ctx.exit(INTERRUPTED)
         finally:
+            log.setLevel(level)
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
 
@@ -84,5 +99,5 @@ def main() -> None:
     """
 
 
-for module in (quantize, plan, evaluate, inspect, generate, bench, convert, push, methods, demo):
+for module in (quantize, plan, evaluate, inspect, generate, bench, bench_kernels, convert, push, methods, demo):
     main.add_command(module.command)

@@ -60,9 +60,14 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     runs take turns; every rate is the median with the smallest and largest, every ratio is against the baseline that is
     fastest at that.
     """
+    from pathlib import Path
+
     from quantkit.benchmark import benchmark
     from quantkit.checkpoint import quiet_transformers
+    from quantkit.errors import QuantkitError
 
+    if model == "kernels" and not Path(model, "config.json").exists():
+        raise QuantkitError("model is 'kernels' and there is no such model: quantkit bench-kernels measures kernels")
     quiet_transformers()
     result = benchmark(model, **options)
     if as_json:

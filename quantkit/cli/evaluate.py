@@ -67,8 +67,19 @@ def table(result: dict[str, Any]) -> str:
     rows += _task_rows(result.get("tasks", {}), result.get("baseline_tasks", {}))
     rows += [("seconds", f"{result['seconds']:.1f}"), ("peak memory", _mebibytes(result["peak_memory_bytes"]))]
     rows.append(("backend", result["backend"]))
+    rows += _served_rows(result)
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def _served_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row for each op that packed weights ran, with what ran it and how often; the baseline's where it has any."""
+    rows = [
+        (label, f"{row['op']} ({row['dtype']}) on {row['backend']}: {row['calls']:,} calls")
+        for label, key in (("served", "served"), ("served baseline", "baseline_served"))
+        for row in result.get(key, [])
+    ]
+    return rows if result["served"] else [("served", "no compressed layer: all of the model is float"), *rows]
 
 
 def _text_rows(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -83,7 +83,7 @@ def _set_level(context: click.Context, key: str, value: Any) -> None:
 def show_messages(level: str = "warning") -> None:
     """Show messages of this level and above on stderr."""
     MESSAGES.setLevel(level.upper())
-    logging.getLogger("quantkit").setLevel(min(MESSAGES.level, logging.INFO))
+    logging.getLogger("quantkit").setLevel(min(MESSAGES.level, logging.WARNING))  # a run's log has all warnings
 
 
 def _quiet(context: click.Context, _: click.Parameter, value: bool) -> bool:

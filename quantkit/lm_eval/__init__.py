@@ -21,6 +21,7 @@ from torch import nn
 from quantkit.checkpoint import Hub, load_tokenizer, resolve
 from quantkit.errors import DataError, QuantkitError
 from quantkit.loading import load
+from quantkit.served import calls_of
 
 try:
     from lm_eval import simple_evaluate
@@ -164,7 +165,7 @@ class Tasks:
         Raises:
             DataError: a task's data can't be loaded.
         """
-        with _quiet(progress):
+        with _quiet(progress), calls_of(model):
             try:
                 self._manager.load(self.names)
             except Exception as error:  # whatever a task's file, or its data set's, does

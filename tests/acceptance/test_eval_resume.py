@@ -48,7 +48,8 @@ WORDS = {"seq_len": 24, "batch_size": 2, "progress": False}
 
 
 def numbers(result):
-    return {key: value for key, value in result.items() if key not in ("seconds", "peak_memory_bytes")}
+    own = ("seconds", "peak_memory_bytes", "resumed_after_batches")
+    return {key: value for key, value in result.items() if key not in own}
 
 
 @pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
@@ -71,6 +72,8 @@ def test_it_goes_on_after_every_batch(model_folder, texts, cache, monkeypatch, c
             monkeypatch.setattr(evaluation, "_logits", logits)
     assert stops >= 2
     assert numbers(result) == numbers(whole)
+    assert result["resumed_after_batches"] == stops * (1 if with_baseline else 2)
+    assert "resumed_after_batches" not in whole
     assert "going on after batch 2, where this evaluation was stopped" in caplog.text or with_baseline
     assert not list(cache.iterdir())
 
@@ -121,6 +124,17 @@ def test_what_is_kept_and_damaged_is_refused(model_folder, texts, cache, monkeyp
     kept.write_bytes(kept.read_bytes()[:-3])
     with pytest.raises(CheckpointError, match=r"is damaged .* give --restart to begin anew"):
         evaluate(model_folder("llama"), texts, **WORDS)
+
+
+def test_where_nothing_can_be_kept_that_is_said_once_and_the_evaluation_goes_on(
+    model_folder, texts, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    result = evaluate(model_folder("llama"), texts, **WORDS)
+    assert result["tokens"] == 12 * 23
+    assert caplog.text.count("what is evaluated is not kept, and begins anew if it is stopped") == 1
+    assert "set XDG_CACHE_HOME to a folder of yours" in caplog.text
 
 
 def test_a_model_in_memory_keeps_nothing(model_folder, texts, cache, monkeypatch):

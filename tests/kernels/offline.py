@@ -27,6 +27,15 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 
 TENSOR_CORE = re.compile(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
 
+FP8 = {"fp8e4nv": "e4m3", "fp8e5": "e5m2"}
+FP8_INSTRUCTION = {
+    89: r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.{0}\.{0}\.f32",
+    90: r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.{0}\.{0}",
+    100: r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
+    120: r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.{0}\.{0}\.f32",
+}
+"""What an fp8 product becomes, and nothing else: wider codes would be float16 products at half of the speed."""
+
 
 def source(
     kernel: object,

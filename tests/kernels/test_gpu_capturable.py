@@ -9,34 +9,15 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
 from quantkit_kernels import formats
 from quantkit_kernels.gpu import linears
 from triton.runtime.jit import JITFunction
+from waiting import NothingWaits
 
 INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
-WAITING = (
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "unique",
-    "is_nonzero",
-    "equal",
-    "repeat_interleave.Tensor",
-)
-"""Operators whose result, or its shape, depends on numbers: on a GPU the host waits for them."""
-
-
-class NothingWaits(TorchDispatchMode):
-    """Raise AssertionError where an operator makes the host wait for the device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        assert not name.startswith(WAITING), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 def layer(dtype, granularity="row"):

@@ -6,7 +6,7 @@
 A bf16 Llama with blocks of 94 MB (hidden 2048, intermediate 5632, 16 heads, 8 key-value heads, vocabulary 512) is
 written with 5, 21 and 64 blocks: about 0.5, 2 and 6 GB, and up to 9 GB on disk with the result. Each is compressed by
 SmoothQuant and W8A8 on 16 windows of 256 tokens. With --recipes the smallest is compressed by several recipes instead,
-on 64 windows of 512 tokens, and under limits. Every run is a process of its own, and the figures are those of its
+on 32 windows of 256 tokens, and under limits. Every run is a process of its own, and the figures are those of its
 report. The plot needs matplotlib.
 """
 
@@ -39,8 +39,8 @@ RECIPES: list[tuple[list[str], str | None]] = [
     (["smoothquant:alpha=auto", "w8a8"], None),
     (["w8a8:activation=tensor-static"], None),
     (["llm-int8:outlier_weight=float"], None),
-    (BOTH, "1300MB"),
-    (BOTH, "1100MB"),
+    (BOTH, "1090MB"),
+    (BOTH, "1040MB"),
 ]
 """Recipes, and the limits that they are given."""
 
@@ -74,7 +74,7 @@ def make_model(folder: Path, blocks: int) -> int:
         weight_map |= dict.fromkeys(names, f"{part}.safetensors")
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    rows = torch.randint(3, SIZES["vocab_size"], (64, 512), generator=generator).tolist()
+    rows = torch.randint(3, SIZES["vocab_size"], (32, SEQ_LEN), generator=generator).tolist()
     lines = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows)
     (folder.parent / "tokens.jsonl").write_text(lines, encoding="utf-8")
     return total
@@ -125,7 +125,7 @@ def recipes(threads: int) -> list[dict[str, Any]]:
         make_model(folder, 5)
         return [
             {"model": ", ".join(steps) + (f", --max-memory {limit}" if limit else "")}
-            | run(folder, steps, limit, (64, 512), threads)
+            | run(folder, steps, limit, (32, 256), threads)
             for steps, limit in RECIPES
         ]
 

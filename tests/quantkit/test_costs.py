@@ -11,7 +11,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 import quantkit
-from quantkit import calibrated, footprint
+from quantkit import calibrated, footprint, observation
 from quantkit.compression import _norms
 from quantkit.modules import quantize_linear
 from quantkit.scheme import Scheme
@@ -58,14 +58,14 @@ def test_a_block_runs_twice_for_each_batch_and_once_for_its_proof(model_folder, 
 
 def test_static_scales_are_observed_as_far_as_the_last_product(model_folder, rows, tmp_path, monkeypatch):
     products = []
-    stop = calibrated.Watch.of
+    stop = observation.Watch.of
 
     def of(self, run):
         stop(self, run)
         products.append(max(self.met.values()))
 
     monkeypatch.setitem(footprint.BATCH_TOKENS, "cpu", 32)
-    monkeypatch.setattr(calibrated.Watch, "of", of)
+    monkeypatch.setattr(observation.Watch, "of", of)
     quantkit.quantize(model_folder(), tmp_path / "out", steps=["w8a8:activation=tensor-static"], **rows)
     assert products == [1, 2, 3, 4] * 2
 

@@ -30,6 +30,7 @@ KEYS = [
     "seconds",
     "peak_memory_bytes",
     "backend",
+    "served",
 ]
 COMPARED = [
     "baseline_perplexity",
@@ -123,7 +124,7 @@ def test_perplexity_and_comparison_are_the_plain_loop(folder: Path) -> None:
     }
     assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert sorted(kl)[-4] < result["kl_p99"] < max(kl)
-    assert list(result) == KEYS + COMPARED
+    assert list(result) == [*KEYS, "baseline_served", *COMPARED]
     assert result["protocol"] == f"{len(nll)} windows of 16 tokens that don't overlap"
     assert result["model"] == str(folder / "model")
     assert result["backend"] == "torch"

@@ -1,18 +1,21 @@
 """The memory that a run takes, foreseen: what a batch holds, what a limit leaves, and that no result depends on it."""
 
+import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import models
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit import calibrated, quantize
+from quantkit import calibrated, pipeline, quantize
 from quantkit import footprint as footprints
 from quantkit.activity import activity
-from quantkit.errors import RecipeError
+from quantkit.budget import disk_bytes
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.footprint import EXCESS, TIGHT, Batching, footprint, ways
 from quantkit.journal import Journal
 from quantkit.pipeline import foresee, planned
@@ -223,6 +226,57 @@ def test_a_run_that_is_taken_up_goes_on_with_the_batches_that_it_began_with(mode
     quantize(model_folder("llama"), tmp_path / "out", steps=BOTH, **rows)
     assert used == [[1, 2, 2, 2, 2]]
     assert bits(tmp_path / "out") == bits(tmp_path / "whole")
+
+
+def test_a_limit_that_the_batches_of_a_run_that_was_begun_pass_is_refused(model_folder, rows, tmp_path, monkeypatch):
+    commit = Journal.commit
+
+    def stop(self, *arguments):
+        commit(self, *arguments)
+        if arguments[0].endswith(".0"):
+            raise Stopped
+
+    monkeypatch.setattr(Journal, "commit", stop)
+    with pytest.raises(Stopped):
+        quantize(model_folder("llama"), tmp_path / "out", steps=BOTH, **rows)
+    monkeypatch.setattr(Journal, "commit", commit)
+    monkeypatch.setattr(footprints, "ways", lambda *_: iter([Batching(1, TIGHT, spill=True)]))
+    calibrated_by = footprints._Blocks.calibrated
+
+    def sized(self, done, batches, batching):
+        return replace(calibrated_by(self, done, batches, batching), host_bytes=10**9 if batching.spill else 10**10)
+
+    monkeypatch.setattr(footprints._Blocks, "calibrated", sized)
+    with pytest.raises(RecipeError, match=r"2,000,000,000 bytes is too little: the run takes at least about 10,5"):
+        quantize(model_folder("llama"), tmp_path / "out", steps=BOTH, max_memory="2GB", **rows)
+    quantize(model_folder("llama"), tmp_path / "out", steps=BOTH, max_memory="20GB", **rows)
+
+
+def test_hidden_states_that_find_no_room_are_one_sentence(model_folder, rows, tmp_path, monkeypatch):
+    from quantkit_calibration import spilling
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spilling, "SMALLEST", 1)
+    monkeypatch.setattr(spilling, "_bytes", full)
+    monkeypatch.setattr(footprints, "ways", lambda *_: iter([Batching(2, TIGHT, spill=True)]))
+    with pytest.raises(CheckpointError, match=r"no space is left on the disk of .*out.partial"):
+        quantize(model_folder("llama"), tmp_path / "out", steps=BOTH, **rows)
+    assert not list((tmp_path / "out.partial").rglob("*.bin"))
+    monkeypatch.undo()
+    quantize(model_folder("llama"), tmp_path / "out", steps=BOTH, restart=True, **rows)
+
+
+def test_room_for_hidden_states_on_disk_is_asked_for_before_the_work(model_folder, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(footprints, "ways", lambda *_: iter([Batching(2, TIGHT, spill=True)]))
+    asked = []
+    monkeypatch.setattr(pipeline, "refuse_full_disk", lambda _, needed: asked.append(needed))
+    quantize(model_folder("llama"), tmp_path / "out", steps=BOTH, **rows)
+    source, plan, recipe = planned(model_folder("llama"), steps=BOTH)
+    spilled = footprint(source, plan, recipe, (9, 16), CPU).spilled_bytes
+    assert asked == [disk_bytes(source, plan) + spilled]
+    assert spilled > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")

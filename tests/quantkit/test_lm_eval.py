@@ -142,7 +142,13 @@ def test_a_multiple_choice_is_scored_as_its_sums_say(tasks, model_folder, compre
     result = quantkit.evaluate(
         compressed("w8a8"), tasks=names, include_path=tasks, baseline=model_folder(), progress=False
     )
-    assert list(result) == ["model", "seconds", "peak_memory_bytes", "backend", "tasks", "baseline_tasks"]
+    assert list(result) == [
+        "model", "seconds", "peak_memory_bytes", "backend", "served", "baseline_served", "tasks", "baseline_tasks",
+    ]  # fmt: skip
+    (served,) = result["served"]
+    assert (served["op"], served["dtype"], served["backend"]) == ("linear_dynamic", "int8", "cpu")
+    assert served["calls"] > 0 == served["calls"] % 14  # seven layers in each of two blocks
+    assert result["baseline_served"] == []
     for key, folder in (("tasks", compressed("w8a8")), ("baseline_tasks", model_folder())):
         model, right, normalized = quantkit.load(folder), 0, 0
         for row in QUESTIONS:

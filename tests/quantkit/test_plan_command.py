@@ -53,7 +53,7 @@ def test_json_is_the_whole_plan(unread, cli, tiny_folder, model_type):
     assert result.exit_code == 0, result.stderr
     made, recipe = prepare(tiny_folder(model_type), steps=["smoothquant", "w8a8"])
     told = json.loads(result.stdout)
-    assert set(told.pop("budget")) == {"bytes_before", "bytes_after", "disk", "time"}
+    assert set(told.pop("budget")) == {"bytes_before", "bytes_after", "disk", "memory", "time"}
     assert told == plan_to_dict(made, recipe, str(tiny_folder(model_type)))
 
 

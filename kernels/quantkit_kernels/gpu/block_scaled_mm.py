@@ -17,14 +17,12 @@ from torch import Tensor
 from quantkit_kernels.configurations import architecture
 from quantkit_kernels.gpu.fp8_scaled_mm import require_fp8
 from quantkit_kernels.gpu.tiles import (
-    GROUP_M,
-    SWAP_BELOW,
     UNALIGNED,
     TileConfig,
     add_bias_and_store,
     contiguous_rows,
+    launch_tiles,
     load_tile,
-    operands,
     tile_config,
     tile_of,
 )
@@ -116,7 +114,6 @@ def launch(
     """
     device = architecture(a.device)
     require_fp8(device)
-    (tokens, in_features), out_features = a.shape, b.shape[0]
     if out.numel() == 0:
         return
     a, b = contiguous_rows(a), contiguous_rows(b)
@@ -126,36 +123,8 @@ def launch(
     assert config.block_k == BLOCK, f"{config}: a step has one scale"
     assert BLOCK % (config.block_n // config.halves) == 0, f"{config}: a tile has one scale a step"
     a_scale, b_scale = a_scale.contiguous(), b_scale.contiguous()
-    a_tiles, b_tiles = operands(a, b, config)
-    programs = triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n)
-    # Triton launches on the current device; for CPU tensors (the interpreter) this changes nothing
-    with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
-        block_scaled_mm_kernel[(programs,)](
-            a_tiles,
-            b_tiles,
-            out,
-            a_scale,
-            b_scale,
-            bias.contiguous() if bias is not None else b_scale,
-            tokens,
-            out_features,
-            in_features,
-            a.stride(0),
-            b.stride(0),
-            out.stride(0),
-            a_scale.stride(0),
-            b_scale.stride(0),
-            HAS_BIAS=bias is not None,
-            SWAP=config.block_m < SWAP_BELOW,
-            DESCRIPTORS=a_tiles is not a,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            HALVES=config.halves,
-            GROUP_M=GROUP_M,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    strides = a_scale.stride(0), b_scale.stride(0)
+    launch_tiles(block_scaled_mm_kernel, out, a, b, a_scale, b_scale, bias, strides, config, HALVES=config.halves)
 
 
 def block_scaled_mm(

@@ -20,12 +20,10 @@ from torch import Tensor
 from quantkit_kernels.configurations import architecture, family
 from quantkit_kernels.errors import KernelError
 from quantkit_kernels.gpu.tiles import (
-    GROUP_M,
-    SWAP_BELOW,
     TileConfig,
     contiguous_rows,
+    launch_tiles,
     load_tile,
-    operands,
     scale_and_store,
     scale_stride,
     tile_config,
@@ -144,45 +142,26 @@ def launch(
     """
     device = architecture(a.device)
     require_fp8(device)
-    (tokens, in_features), out_features = a.shape, b.shape[0]
     if out.numel() == 0:
         return
     a, b = contiguous_rows(a), contiguous_rows(b)
     config = config or tile_config("fp8_scaled_mm", a, b, device)
     assert config.block_k <= PROMOTE_EVERY or not promotes(device), f"{config}: sums must be promoted"
-    a_tiles, b_tiles = operands(a, b, config)
-    programs = triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n)
-    # Triton launches on the current device; for CPU tensors (the interpreter) this changes nothing
-    with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
-        fp8_scaled_mm_kernel[(programs,)](
-            a_tiles,
-            b_tiles,
-            out,
-            a_scale.contiguous(),
-            b_scale.contiguous(),
-            bias.contiguous() if bias is not None else b_scale,
-            tokens,
-            out_features,
-            in_features,
-            a.stride(0),
-            b.stride(0),
-            out.stride(0),
-            scale_stride(a_scale),
-            scale_stride(b_scale),
-            HAS_BIAS=bias is not None,
-            EVEN_K=in_features % config.block_k == 0,
-            SWAP=config.block_m < SWAP_BELOW,
-            DESCRIPTORS=a_tiles is not a,
-            PROMOTE=promotes(device),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            HALVES=config.halves,
-            GROUP_M=GROUP_M,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=False,
-        )
+    launch_tiles(
+        fp8_scaled_mm_kernel,
+        out,
+        a,
+        b,
+        a_scale.contiguous(),
+        b_scale.contiguous(),
+        bias,
+        (scale_stride(a_scale), scale_stride(b_scale)),
+        config,
+        EVEN_K=a.shape[1] % config.block_k == 0,
+        PROMOTE=promotes(device),
+        HALVES=config.halves,
+        enable_fp_fusion=False,
+    )
 
 
 def scaled_mm(

@@ -6,7 +6,9 @@ features (K): a_mk is [M, K], b_nk is [N, K] with K contiguous, c_mn is [M, N].
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,6 +176,64 @@ def operands(a: Tensor, b: Tensor, config: TileConfig) -> tuple[Tensor | TensorD
 
 def _describable(matrix: Tensor) -> bool:
     return is_aligned(matrix) and matrix.stride(0) >= matrix.shape[1] > 0
+
+
+def launch_tiles(
+    kernel: Any,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    scale_strides: tuple[int, int],
+    config: TileConfig,
+    **more: Any,
+) -> None:
+    """Launch a scaled product over the tiles of `out` [M, N].
+
+    Args:
+        kernel: takes the arguments that the scaled products have in common, and `more`.
+        out: [M, N] with contiguous rows.
+        a: [M, K] with contiguous rows.
+        b: [N, K] with contiguous rows.
+        a_scale: contiguous, of a.
+        b_scale: contiguous, of b.
+        bias: [N], or None.
+        scale_strides: how far apart the scales of two rows (or blocks of rows) of a and of b are.
+        config: how the product is cut up.
+        more: further constants and options of the launch.
+    """
+    (tokens, in_features), out_features = a.shape, b.shape[0]
+    a_tiles, b_tiles = operands(a, b, config)
+    programs = triton.cdiv(tokens, config.block_m) * triton.cdiv(out_features, config.block_n)
+    # Triton launches on the current device; for CPU tensors (the interpreter) this changes nothing
+    with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
+        kernel[(programs,)](
+            a_tiles,
+            b_tiles,
+            out,
+            a_scale,
+            b_scale,
+            bias.contiguous() if bias is not None else b_scale,
+            tokens,
+            out_features,
+            in_features,
+            a.stride(0),
+            b.stride(0),
+            out.stride(0),
+            *scale_strides,
+            HAS_BIAS=bias is not None,
+            SWAP=config.block_m < SWAP_BELOW,
+            DESCRIPTORS=a_tiles is not a,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=GROUP_M,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **more,
+        )
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
