@@ -14,7 +14,7 @@ from torch import nn
 
 from quantkit.errors import QuantkitError
 from quantkit.modules import op_of, quantize_linear
-from quantkit.packed import Holder, PackedWeight, refusal
+from quantkit.packed import Holder, PackedWeight, is_groupable, refusal
 from quantkit.scheme import Scheme
 
 
@@ -156,15 +156,23 @@ def put_experts(model: nn.Module, name: str, experts: QuantizedExperts) -> None:
     setattr(module, leaf, experts)
 
 
-def use_eager_experts(model: nn.Module) -> None:
-    """Make a model that holds packed experts run its own code for them, expert by expert.
+def use_packed_experts(model: nn.Module, grouped: str = "eager") -> None:
+    """Make a model that holds packed experts run code that knows them: its own, expert by expert, or `grouped`.
 
-    transformers can swap that code for products over the whole parameter at once, by a word in the model's configs, and
-    swaps it again while it generates; those products need float weights.
+    transformers swaps a model's own code for its experts, by a word in the model's configs, for products over the whole
+    parameter at once, and some of those need float weights.
+
+    Args:
+        model: a model whose experts lie where they will run.
+        grouped: the word for code that calls grouped products. It is taken on a GPU, where they wait for no device, if
+            every scheme of the model's experts has them (`packed.is_groupable`).
     """
-    if next(quantized_experts(model), None) is None:
+    experts = [module for _, module in quantized_experts(model)]
+    if not experts:
         return
+    fits = all(is_groupable(each.scheme) and each.device.type != "cpu" for each in experts)
+    word = grouped if fits else "eager"
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and getattr(config, "_experts_implementation", "eager") != "eager":
-            config._experts_implementation = "eager"
+        if config is not None and getattr(config, "_experts_implementation", word) != word:
+            config._experts_implementation = word

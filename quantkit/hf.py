@@ -7,6 +7,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,15 +18,16 @@ from quantkit_kernels.formats import FLOAT_DTYPES
 from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit import formats
+from quantkit import activations, formats
 from quantkit.checkpoint import output_head, tied_parameters
 from quantkit.conversion import Merged, Weight, find_merged
 from quantkit.errors import CheckpointError
-from quantkit.experts import QuantizedExperts, put_experts, use_eager_experts
+from quantkit.experts import QuantizedExperts, put_experts, use_packed_experts
 from quantkit.linears import linear_modules
 from quantkit.modules import QuantizedLinear
 from quantkit.scheme import Scheme
@@ -90,6 +92,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.conversions = put_layers(model, layout, self.parsed, tensors, self.quantization_config.backend)
         self.stored_names = {f"{name}.{leaf}" for name, layer in quantized_layers(model) for leaf in layer.stored}
         self.stored_names.update(name for name in tensors if name.rpartition(".")[2] in self.parsed.cache_scales)
+        activations.apply(model, self.parsed.activations)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
@@ -123,7 +126,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"tensor '{name}.{places}' does not say of every four weights where two are; download the "
                     "checkpoint again"
                 )
-        use_eager_experts(model)
+        use_packed_experts(model, GROUPED)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -132,8 +135,8 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """No: the ops have no gradient."""
-        return False
+        """Whether all weights are in float: the ops have no gradient."""
+        return not self.parsed.groups and not self.parsed.sparse
 
     @property
     def is_compileable(self) -> bool:
@@ -145,6 +148,12 @@ def has_any_float(leaf: str, scheme: Scheme) -> bool:
     """Whether a layer's tensor may have any float dtype that the ops take: a scale, or a weight in float."""
     return leaf.endswith(("scale", "outlier_weight")) or (scheme.is_float and leaf in ("weight", "compressed"))
 
+
+GROUPED = "quantkit_grouped"
+"""Our name for transformers' code for grouped products: as `grouped_mm` it is swapped in decoding for other code, which
+copies experts' weights for each token."""
+
+ALL_EXPERTS_FUNCTIONS.register(GROUPED, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 PLACES = ("weight_indices", "bitmask")
 """The tensors that say where the weights of a 2:4 sparse layer stand."""
@@ -213,7 +222,7 @@ def put_layers(
         if each.experts:
             count += len(each.targets)
             _put_experts(model, each, tensors, backend)
-    if not count:
+    if not count and not parsed.activations:
         raise CheckpointError("the checkpoint's quantization_config names no linear layer of this model")
     _hold_cache_scales(model, parsed, tensors)
     return Conversions(tuple(merged), model)
@@ -278,10 +287,8 @@ def _put_experts(model: nn.Module, merged: Merged, tensors: Mapping[str, TensorI
     }
     for name, (codes, scale, static) in merged.merge(empty, model.config).items():
         in_axis = 1 if scale.shape[1] == 1 and scale.shape[2] == codes.shape[2] else 2
-        dtype = model.get_parameter(name).dtype
-        experts = QuantizedExperts(
-            codes, scale, in_axis, merged.scheme, dtype=dtype, input_scale=static, backend=backend
-        )
+        dtype, scheme = model.get_parameter(name).dtype, replace(merged.scheme, sparsity=None)  # they are unpacked
+        experts = QuantizedExperts(codes, scale, in_axis, scheme, dtype=dtype, input_scale=static, backend=backend)
         put_experts(model, name, experts)
 
 

@@ -10,7 +10,7 @@ E experts, K in features, N out features. A weight is out x in, [N, K] or [E, N,
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from quantkit_kernels import ops
@@ -23,6 +23,12 @@ from quantkit.scheme import Scheme
 
 class UnsupportedUse(QuantkitError, AttributeError):  # noqa: N818  (what happened, not what went wrong)
     """An operation that packed weights don't have. It counts as an AttributeError, so that `hasattr` says no."""
+
+
+def is_groupable(scheme: Scheme) -> bool:
+    """Whether one op multiplies all experts' tokens: a scale a row, and activations by token or in float."""
+    known = op_of(scheme, packed=False) in ("linear_dynamic", "linear_weight_only")
+    return known and scheme.weight_granularity == "row" and scheme.group_size is None
 
 
 class PackedWeight:
@@ -266,6 +272,20 @@ class PackedWeight:
         product = ops.linear_weight_only if op == "linear_weight_only" else ops.linear_dynamic
         return product(x, codes, scale, bias, self.backend)
 
+    def grouped(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The products [M, N] in x's dtype of tokens [M, K], sorted by expert, each with its expert's weight [K, N].
+
+        Args:
+            x: activations.
+            ends: [E], where each expert's tokens end; the last number is M.
+        """
+        if not is_groupable(self.scheme) or self.ndim != 3 or self.in_axis != 1:
+            raise refusal(f"grouped_mm with {self.scheme.label}", self)
+        offsets = torch.nn.functional.pad(ends.to(torch.int32), (1, 0))
+        activations = "none" if self.scheme.activation_dtype is None else "token"
+        codes, scale = self.codes.transpose(1, 2), self.scale.transpose(1, 2)
+        return ops.linear_grouped(x, codes, scale, offsets, activations, self.backend)
+
     def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
         return _matmul(x, self)
 
@@ -365,9 +385,18 @@ def _added(added: torch.Tensor, x: Any, other: Any) -> torch.Tensor:
     return _mm(x, other) + added
 
 
+def _grouped(x: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+    """What grouped_mm of tokens [M, K], sorted by expert, with weights [E, K, N], gives; offs [E] are their ends."""
+    fits = isinstance(mat2, PackedWeight) and isinstance(x, torch.Tensor) and isinstance(offs, torch.Tensor)
+    if not fits or x.ndim != 2 or mat2.ndim != 3 or bias is not None or out_dtype not in (None, x.dtype):
+        raise refusal("grouped_mm with these arguments", _packed_among([x, mat2]))
+    return cast("PackedWeight", mat2).grouped(x, offs)
+
+
 _PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
     "linear": _linear,
     "matmul": _matmul,
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
     **dict.fromkeys(("mm", "bmm"), _mm),
     **dict.fromkeys(("addmm", "baddbmm"), _added),
 }
@@ -383,7 +412,7 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     args = tuple(arg.packed if isinstance(arg, Holder) else arg for arg in args)
     kwargs = {key: arg.packed if isinstance(arg, Holder) else arg for key, arg in kwargs.items()}
     name = getattr(func, "__name__", str(func))
-    if name in _PRODUCTS and kwargs.keys() <= {"input", "weight", "bias", "other", "mat2"}:
+    if name in _PRODUCTS and kwargs.keys() <= {"input", "weight", "bias", "other", "mat2", "offs", "out_dtype"}:
         return _PRODUCTS[name](*args, **{"x" if key == "input" else key: value for key, value in kwargs.items()})
     if name in _VIEWS and args and isinstance(args[0], PackedWeight):
         return getattr(args[0], name)(*args[1:], **kwargs)

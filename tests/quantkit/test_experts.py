@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import io
 
@@ -5,11 +6,19 @@ import mixtures
 import pytest
 import torch
 import torch.nn.functional as F
+from quantkit_kernels import ops
 from quantkit_kernels.formats import quantize_weight
 
 from quantkit import formats
 from quantkit.errors import QuantkitError
-from quantkit.experts import QuantizedExperts, put_experts, quantize_experts, quantized_experts
+from quantkit.experts import (
+    QuantizedExperts,
+    put_experts,
+    quantize_experts,
+    quantized_experts,
+    use_packed_experts,
+)
+from quantkit.hf import GROUPED
 from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.scheme import Scheme
 
@@ -27,6 +36,20 @@ SCHEMES = {
     "int4": Scheme("int4"),
     "int8-g8": Scheme("int8", 8),
 }
+
+
+@contextlib.contextmanager
+def counting(used):
+    """Notes every call of the grouped op."""
+    given = ops.linear_grouped
+
+    def counted(*args):
+        used.append(args)
+        return given(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "linear_grouped", counted)
+        yield
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -217,7 +240,6 @@ REFUSED = {
     "to('meta'": lambda w: w[0].to("meta"),
     "mm with [2, 3, 32]": lambda w: torch.bmm(torch.ones(2, 3, K), w.mT),
     "matmul with activations [2, 3, 32]": lambda w: torch.ones(2, 3, K) @ w.mT,
-    "grouped_mm": lambda w: F.grouped_mm(torch.ones(2, K), w.mT, offs=torch.tensor([2, 2, 2, 2])),
 }
 
 
@@ -315,9 +337,66 @@ def test_a_model_that_swaps_its_experts_code_runs_its_own():
     assert made.config._experts_implementation == "grouped_mm"
     made = mixtures.quantized("mixtral", made, INT8)
     assert made.config._experts_implementation == "eager"
-    made.set_experts_implementation("grouped_mm")
+    made.set_experts_implementation("batched_mm")
     with pytest.raises(QuantkitError, match="packed experts"):
         made(IDS)
+
+
+SWAPPED = [name for name in mixtures.CONFIGS if name not in ("dbrx", "llama4")]
+"""Those whose code transformers can swap for grouped products."""
+
+
+@pytest.mark.parametrize("scheme", [INT8, W8A8, SCHEMES["fp8"], SCHEMES["int4"]])
+@pytest.mark.parametrize("name", SWAPPED)
+def test_grouped_products_are_the_models_own_expert_by_expert(name, scheme):
+    """Sums of at most 48 float32 products in another order; a token that rounds to another code moves by 1/127."""
+    made = mixtures.quantized(name, mixtures.build(name), scheme)
+    used = []
+    with torch.no_grad():
+        own = made(IDS).logits
+        made.set_experts_implementation("grouped_mm")
+        with counting(used):
+            grouped = made(IDS).logits
+    assert used
+    tolerance = 1e-4 if scheme.activation_dtype is None else 2e-2
+    assert float((grouped - own).abs().max()) <= tolerance * float(own.abs().max())
+
+
+@pytest.mark.parametrize("scheme", [INT8, W8A8, SCHEMES["fp8"]])
+def test_one_grouped_product_is_each_experts(scheme):
+    packed, _ = experts(scheme=scheme)
+    x, ends = draw(10, K, seed=5), torch.tensor([3, 3, 8, 10], dtype=torch.int32)
+    parts = zip(packed, x.tensor_split([3, 3, 8]), strict=True)
+    expected = torch.cat([F.linear(part, weight) for weight, part in parts])
+    for product in (F.grouped_mm, torch._grouped_mm, torch.ops.transformers.grouped_mm_fallback):
+        out = product(x, packed.transpose(-2, -1), offs=ends)
+        assert torch.allclose(out, expected, rtol=0, atol=K * 2**-22 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES["llm-int8"], SCHEMES["w8a8-static"], SCHEMES["int8-g8"]])
+def test_schemes_without_a_grouped_product_are_refused_by_name(scheme):
+    packed, _ = experts(scheme=scheme)
+    with pytest.raises(QuantkitError, match="grouped_mm with"):
+        F.grouped_mm(draw(4, K), packed.transpose(-2, -1), offs=torch.tensor([1, 2, 3, 4], dtype=torch.int32))
+
+
+class _Elsewhere(QuantizedExperts):
+    """Experts that say that they lie on a GPU."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("scheme", "word"), [(W8A8, GROUPED), (SCHEMES["llm-int8"], "eager")])
+def test_on_a_gpu_experts_run_in_grouped_products_where_their_scheme_has_them(scheme, word):
+    made = mixtures.quantized("mixtral", mixtures.build("mixtral"), scheme)
+    for _, packed in quantized_experts(made):
+        packed.__class__ = _Elsewhere
+    use_packed_experts(made, GROUPED)
+    assert {module.config._experts_implementation for module in made.modules() if hasattr(module, "config")} == {word}
+    for _, packed in quantized_experts(made):
+        packed.__class__ = QuantizedExperts
+    if word == GROUPED:
+        assert made(IDS).logits.isfinite().all()
 
 
 def test_experts_take_a_parameters_place():

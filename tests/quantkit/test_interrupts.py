@@ -29,8 +29,8 @@ def test_a_real_signal_before_anything_is_finished_leaves_nothing(model_folder, 
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "from quantkit import pipeline\n"
         "stage = pipeline.compress_stage\n"
-        "def then_interrupt(*words):\n"
-        "    layers = stage(*words)\n"
+        "def then_interrupt(*words, **more):\n"
+        "    layers = stage(*words, **more)\n"
         f"    if layers: os.kill(os.getpid(), signal.{name})\n"
         "    return layers\n"
         "pipeline.compress_stage = then_interrupt\n"

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from quantkit import formats
-from quantkit.experts import QuantizedExperts, put_experts, quantize_experts, use_eager_experts
+from quantkit.experts import QuantizedExperts, put_experts, quantize_experts, use_packed_experts
 from quantkit.modules import quantize_linear
 from quantkit.pieces import compress_expert
 from quantkit.scheme import Scheme
@@ -111,7 +111,7 @@ def quantized(name: str, model: PreTrainedModel, scheme: Scheme) -> PreTrainedMo
         if axis is not None:
             codes, scale = quantize_experts(by_expert(value.detach()), scheme, axis)
             put_experts(made, parameter, QuantizedExperts(codes, scale, axis, scheme))
-    use_eager_experts(made)
+    use_packed_experts(made)
     return made
 
 
