@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from quantkit_kernels import decoded, ops
+from quantkit_kernels import cpu_int4, decoded, ops
 from quantkit_kernels.dispatch import is_plain_call
 from quantkit_kernels.formats import quantize_weight
 from torch import nn
@@ -97,8 +97,11 @@ class QuantizedLinear(nn.Module):
     kept follows the buffers: it is decoded anew where one was replaced, moved or written to (but not through `.data`,
     which leaves no trace).
 
-    A 2:4 sparse weight is unpacked in the op, and with activations in 8 bits before it, at every call. On a CPU that
-    takes longer than the product, and `keep_decoded` keeps what was unpacked, codes as codes.
+    4-bit weights alone, with activations in bfloat16, are kept in the order that a kernel of torch reads, half a byte a
+    weight beside what is stored, whatever `keep_decoded` says: see `quantkit_kernels.cpu_int4`.
+
+    A 2:4 sparse weight is unpacked in the op, at every call. With activations in 8 bits no op takes it packed: codes
+    are unpacked in the first call and kept, 1 byte a weight beside what is stored.
 
     Args:
         in_features: K.
@@ -158,13 +161,16 @@ class QuantizedLinear(nn.Module):
                 given = self.get_buffer("input_scale") if scheme.is_static else None
                 return decoded.linear(op, x, found.weight, found.code_dtype, found.scale, given, bias)
         if op == "linear_weight_only_packed":
+            reordered = self._reordered_for(x)
+            if reordered is not None:
+                return cpu_int4.linear(x, reordered.weight, reordered.scale, bias)
             packed, scale = self.get_buffer(self._words), self._by_row(self.get_buffer("weight_scale"))
             return ops.linear_weight_only_packed(x, packed, scale, bias, scheme.bits, backend)
         if op == "linear_sparse24":
             values, indices = self.sparse_parts()
             sparse_scale = None if scheme.is_float else self._by_row(self.get_buffer("weight_scale"))
             return ops.linear_sparse24(x, values, indices, sparse_scale, bias, backend)
-        kept = self.keep_decoded and scheme.sparsity is not None and is_plain_call(x, bias)
+        kept = scheme.sparsity is not None and (is_plain_call(x, bias) or _is_eager_on_gpu(x))
         codes, scale = self._unpacked() if kept else self.codes_and_scale()
         if op == "linear_tensor":
             input_scale = self.get_buffer("input_scale") if scheme.is_static else None
@@ -188,6 +194,22 @@ class QuantizedLinear(nn.Module):
             return decoded.decode_weight(self._op, codes, scale, dtype), scale
 
         return self._kept(dtype, decode)
+
+    def _reordered_for(self, x: torch.Tensor) -> Decoded | None:
+        """4-bit codes in the order of a CPU's kernel, made once and kept; None where it takes no such x, or layer."""
+        few = 0 < x.numel() <= cpu_int4.TOKENS * self.in_features
+        taken = (
+            self.scheme.weight_dtype == "int4"
+            and self.backend != "triton"
+            and x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+        )
+        if not (few and taken and is_plain_call(x, self.bias)):
+            return None
+        scale = self._by_row(self.get_buffer("weight_scale"))
+        if cpu_int4.group_size(self.out_features, self.in_features, scale) is None:
+            return None
+        return self._kept(torch.uint8, lambda codes, scale: cpu_int4.repack(codes, self._by_row(scale)))
 
     def _unpacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What `codes_and_scale` gives, unpacked once where a weight is 2:4 sparse."""
@@ -293,6 +315,11 @@ class QuantizedLinear(nn.Module):
         """Sizes and scheme, for printing."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.scheme.label}"
+
+
+def _is_eager_on_gpu(x: torch.Tensor) -> bool:
+    """Whether activations lie on a GPU, and what is made of them now is there at once: no compiler, no graph."""
+    return not torch.compiler.is_compiling() and x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 def keep_decoded(model: nn.Module, keep: bool = True) -> int:

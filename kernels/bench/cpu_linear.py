@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quantkit_kernels import decoded, formats
+from quantkit_kernels import cpu_int4, decoded, formats
 from quantkit_kernels.benchmarks.cases import (
     CODES,
     E4M3,
@@ -42,6 +42,9 @@ from torch import Tensor
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632), (1024, 1024), (2816, 1024))
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
+REORDERED = "int4 weights, reordered"
+"""What a loaded model does with few tokens in bfloat16, the only dtype that it is measured in."""
+
 OUTLIERS = 6
 """Columns of x that LLM.int8 keeps in float: some of a thousand features, as in the models of its paper."""
 
@@ -59,6 +62,21 @@ def kept(op: str, name: str, given: Callable[[Tensor, Tensor, Tensor], Given], g
         prepare,
         lambda x, weight, scale, codes: decoded.linear(op, x, weight, dtype, scale, None, None),
         lambda x, weight, scale, codes: given(x, codes, scale),
+        reads=3,
+    )
+
+
+def reordered(given: Callable[[Tensor, Tensor, Tensor], Given]) -> Case:
+    """Return the case of 4-bit codes that are kept in the order of torch's kernel, for bfloat16."""
+
+    def prepare(x: Tensor, weight: Tensor) -> Operands:
+        codes, scale = formats.quantize_weight(weight.bfloat16(), torch.int8, 128, bits=4)
+        return x, *cpu_int4.repack(codes, scale), codes, scale
+
+    return Case(
+        prepare,
+        lambda x, weight, scales, codes, scale: cpu_int4.linear(x, weight, scales, None),
+        lambda x, weight, scales, codes, scale: given(x, codes, scale),
         reads=3,
     )
 
@@ -89,6 +107,7 @@ def cases() -> dict[str, Case]:
         "fp8, kept": kept("linear_dynamic", "fp8", tokens),
         "fp8 tensor, kept": kept("linear_tensor", "fp8", tensor),
         "fp8 block, kept": kept("linear_block", "fp8", blocks, "block"),
+        REORDERED: reordered(weights),
         "int4 weights, kept": kept("linear_weight_only_packed", "int4", weights),
         "int8 weights, kept": kept("linear_weight_only", "int8", weights),
         "fp8 weights, kept": kept("linear_weight_only", "fp8", weights),
@@ -101,6 +120,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """Return a record for each op, shape and number of tokens, and write a line for each as it comes."""
     dtype, records = getattr(torch, options.dtype), []
     chosen = {name: case for name, case in cases().items() if not options.ops or name in options.ops}
+    if dtype != torch.bfloat16:
+        chosen.pop(REORDERED, None)
     for out_features, in_features in options.shapes:
         for tokens in options.tokens:
             weight = torch.randn(out_features, in_features) / in_features**0.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantkit_kernels import formats, ops, ranges, reference
+from quantkit_kernels import cpu_int4, formats, ops, ranges, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -193,3 +193,45 @@ def test_the_search_takes_little_memory_beside_the_result():
     """Codes of 16 MiB, of a weight of 16 million; the float32 copy that made it was 64 and counts before already."""
     done = subprocess.run([sys.executable, "-c", MEMORY_PROGRAM], capture_output=True, text=True, check=True)
     assert int(done.stdout) / 1024 <= 16 + 24
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(16, 32, 1), (80, 128, 4), (1040, 256, 2), (48, 512, 2)])
+def test_the_reordered_product_is_that_of_the_exact_weight(rows, columns, groups, tokens, bias):
+    """As `cpu_int4.linear` says: 2 * K roundings of float32 of the magnitudes, and one or two of bfloat16."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=generator)
+    scale = (torch.rand(rows, groups, generator=generator) + 0.01).bfloat16()
+    x = torch.randn(2, tokens, columns, generator=generator).bfloat16()
+    added = torch.randn(rows, generator=generator) if bias else None
+    out = cpu_int4.linear(x, *cpu_int4.repack(codes, scale), added)
+    weight = formats.dequantize(codes, scale.double())
+    exact, size = x.double() @ weight.t(), x.double().abs() @ weight.t().abs()
+    near = columns * 2**-23 * size + 2**-8 * exact.abs()
+    if added is not None:
+        exact = exact + added.bfloat16().double()
+        near = near * (1 + 2**-8) + 2**-8 * exact.abs()
+    assert out.dtype == torch.bfloat16
+    assert bool(((out.double() - exact).abs() <= near).all())
+
+
+def test_parts_of_rows_are_reordered_as_the_whole():
+    codes = torch.randint(-8, 8, (2 * cpu_int4._PART + 16, 32), dtype=torch.int8)
+    whole = torch._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+    assert torch.equal(cpu_int4.repack(codes, torch.ones(len(codes), 1).bfloat16())[0], whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype"),
+    [
+        ((24, 32), 1, torch.bfloat16),
+        ((16, 48), 1, torch.bfloat16),
+        ((16, 64), 4, torch.bfloat16),
+        ((16, 32), 1, torch.float32),
+        ((16, 0), 1, torch.bfloat16),
+        ((0, 32), 1, torch.bfloat16),
+    ],
+)
+def test_what_the_reordering_kernel_cannot_take(shape, groups, dtype):
+    assert cpu_int4.group_size(*shape, torch.ones(shape[0], groups, dtype=dtype)) is None

@@ -5,6 +5,8 @@ import json
 import models
 import pytest
 import torch
+from quantkit_kernels import cpu_int4
+from quantkit_kernels.errors import KernelError
 from quantkit_kernels.formats import dequantize
 
 import quantkit
@@ -168,3 +170,47 @@ def test_plain_transformers_takes_it_and_bits_of_8_are_what_a_cpu_of_vllm_refuse
     assert not [each for each in check(compressed("int4"), "transformers").findings if each.severity == "error"]
     rules = [each.rule for each in check(compressed("int8"), "vllm", "cpu").findings]
     assert any("need 4 bits" in rule for rule in rules)
+
+
+def layer_of(form, bias=True, rows=32, dtype=torch.bfloat16):
+    """A packed layer of random codes, activations for it, and the float64 output."""
+    scheme, layout = Recipe.of(CHANNEL).scheme, formats.FORMATS[form]
+    made = QuantizedLinear(64, rows, scheme, layout, bias=bias, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-8, 8, (rows, 64), dtype=torch.int8, generator=generator)
+    scale = (torch.rand(rows, 1, generator=generator) + 0.1).to(dtype)
+    made.load_state_dict(layout.compress(scheme, codes, scale) | ({"bias": torch.ones(rows)} if bias else {}))
+    x = torch.randn(3, 64, generator=generator).to(dtype)
+    return made, x, x.double() @ dequantize(codes, scale.double()).t() + bias
+
+
+@pytest.mark.parametrize("form", ["quantkit", "compressed-tensors"])
+def test_on_a_cpu_codes_are_reordered_once_and_what_is_stored_stays(form, monkeypatch):
+    made, x, exact = layer_of(form)
+    before, calls, given = {k: v.clone() for k, v in made.state_dict().items()}, [], cpu_int4.repack
+    monkeypatch.setattr(cpu_int4, "repack", lambda *words: calls.append(words) or given(*words))
+    for _ in range(3):
+        assert torch.allclose(made(x).double(), exact, rtol=2**-7, atol=1e-2)
+    assert len(calls) == 1
+    assert made.state_dict().keys() == before.keys()
+    assert all(torch.equal(made.state_dict()[key], value) for key, value in before.items())
+    with torch.no_grad():
+        made.get_buffer("weight_scale").mul_(2)
+    assert torch.allclose(made(x).double() - 1, 2 * (exact - 1), rtol=2**-7, atol=2e-2)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", [{"rows": 24}, {"dtype": torch.float32}])
+def test_what_the_reordered_kernel_cannot_take_is_decoded(change, monkeypatch):
+    monkeypatch.setattr(cpu_int4, "repack", lambda *_: pytest.fail("reordered"))
+    made, x, exact = layer_of("quantkit", **change)
+    assert torch.allclose(made(x).double(), exact, rtol=2**-7, atol=0.5)  # weights are rounded to bfloat16, too
+
+
+def test_many_tokens_are_decoded_for_and_an_order_is_obeyed(monkeypatch):
+    monkeypatch.setattr(cpu_int4, "repack", lambda *_: pytest.fail("reordered"))
+    made, _, _ = layer_of("quantkit")
+    assert made(torch.ones(cpu_int4.TOKENS + 1, 64).bfloat16()).isfinite().all()
+    made.backend = "triton"
+    with pytest.raises(KernelError):
+        made(torch.ones(1, 64).bfloat16())
