@@ -2,7 +2,13 @@
 
 
 class QuantkitError(Exception):
-    """A mistake that the user can mend. The command line prints it as one sentence and exits 1."""
+    """A mistake that the user can mend. The command line prints it as one sentence and exits 1.
+
+    Attributes:
+        told: whether another process of the same job tells the user.
+    """
+
+    told = False
 
 
 class RecipeError(QuantkitError):

@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ from quantkit.pairing import (
     window_length,
 )
 from quantkit.progress import track
+from quantkit.ranks import current, together
 from quantkit.served import calls_of, counting, rows
 from quantkit.texts import Texts, Tokens, encode, read, tokenize
 from quantkit.version import __version__
@@ -57,6 +59,7 @@ from quantkit.version import __version__
 DEFAULT_BATCH_TOKENS = 2048
 
 
+@together
 def evaluate(
     model: str | Path | Model,
     dataset: str | Path | Texts | None = None,
@@ -110,7 +113,8 @@ def evaluate(
     a token to read or to predict, or with more to predict than the model reads. Raises QuantkitError's children, one
     sentence each, for what can't be evaluated: see the tests for the list.
     """
-    started = time.monotonic()
+    started, ranks = time.monotonic(), current()
+    progress = progress and ranks.is_first
     _check_arguments(seq_len, max_tokens, batch_size)
     if dataset is None and tasks is None:
         raise DataError(
@@ -136,14 +140,19 @@ def evaluate(
                 run = _Run(pair, length, max_tokens, batch_size, known, restart, progress)
                 measured = _last_word(run, texts, tokenizer) if tokens is None else _perplexity(run, tokens, texts.name)
         if harness is not None:
-            measured["tasks"] = harness.run(pair.model, tokenizer, batch_size, progress)
-            if pair.baseline is not None:
-                measured["baseline_tasks"] = harness.run(pair.baseline, tokenizer, batch_size, progress)
+            for key, each in (("tasks", pair.model), ("baseline_tasks", pair.baseline)):
+                if each is not None:  # lm-eval would share its requests in a way of its own: the first rank runs them
+                    ran = harness.run(each, tokenizer, batch_size, progress) if ranks.is_first else None
+                    measured[key] = ranks.told(ran)
         used = backend_in_use(pair.model)
-        served = {"served": rows(calls=counters[0])}
-        served |= {} if pair.baseline is None else {"baseline_served": rows(calls=counters[1])}
+        calls = [sum(each, Counter[Any]()) for each in zip(*ranks.gather(counters), strict=True)]
+        served = {"served": rows(calls=calls[0])}
+        served |= {} if pair.baseline is None else {"baseline_served": rows(calls=calls[1])}
     head = {"model": pair.name} | ({} if texts is None else {"dataset": texts.name})
     cost = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes(), "backend": used, **served}
+    if not ranks.is_alone:
+        own = {"seconds": cost["seconds"], "waited": ranks.waited, "peak_memory_bytes": cost["peak_memory_bytes"]}
+        cost["ranks"] = ranks.gather(own)
     common = ("protocol", "tokens", "perplexity", "perplexity_stderr", "bits_per_byte")
     result = head | {key: measured.pop(key) for key in common if key in measured} | cost | measured
     for key, value in result.items():
@@ -226,9 +235,9 @@ def _perplexity(run: _Run, tokens: Tokens, name: str) -> dict[str, Any]:
     cut = _windows(tokens.ids, name, seq_len, run.max_tokens)
     check_vocabulary(pair.model, pair.name, int(cut.max()))
     ours, theirs, comparison = Perplexity(), Perplexity(), Comparison()
-    batches = torch.split(cut, run.batch_size or max(1, DEFAULT_BATCH_TOKENS // seq_len))
+    batches = current().share(torch.split(cut, run.batch_size or max(1, DEFAULT_BATCH_TOKENS // seq_len)))
     statistics: dict[str, Statistic] = {"model": ours, "baseline": theirs, "comparison": comparison}
-    with Interruptible(run.fingerprint, statistics, restart=run.restart) as kept:
+    with Interruptible(run.fingerprint, statistics, restart=run.restart, ranks=current().place_of) as kept:
         for batch in track(kept.left(batches), "perplexity", unit="batch", disable=not run.progress):
             logits = _logits(pair.model, batch)
             ours.update(_finite(window_nll(logits, batch), pair.name))
@@ -238,6 +247,7 @@ def _perplexity(run: _Run, tokens: Tokens, name: str) -> dict[str, Any]:
                 for base_tv, logits_tv, window in zip(base, logits, batch, strict=True):
                     comparison.update(base_tv[:-1], logits_tv[:-1], window[1:])
             kept.done()
+        merge(statistics)
     result = ours.result()
     bits = None
     if tokens.utf8_bytes is not None:
@@ -269,10 +279,10 @@ def _last_word(run: _Run, texts: Texts, tokenizer: Any) -> dict[str, Any]:
     # Longest first: little padding, and too large a batch fails at once.
     passages.sort(key=lambda p: len(p.tokens), reverse=True)
     size = run.batch_size or max(1, DEFAULT_BATCH_TOKENS // len(passages[0].tokens))
-    batches = [passages[start : start + size] for start in range(0, len(passages), size)]
+    batches = current().share([passages[start : start + size] for start in range(0, len(passages), size)])
     ours, theirs, comparison = LastWord(), LastWord(), Comparison()
     statistics: dict[str, Statistic] = {"model": ours, "baseline": theirs, "comparison": comparison}
-    with Interruptible(run.fingerprint, statistics, restart=run.restart) as kept:
+    with Interruptible(run.fingerprint, statistics, restart=run.restart, ranks=current().place_of) as kept:
         for batch in track(kept.left(batches), "last word", unit="batch", disable=not run.progress):
             input_ids, mask = padded(batch)
             logits = _logits(pair.model, input_ids, mask)
@@ -284,6 +294,7 @@ def _last_word(run: _Run, texts: Texts, tokenizer: Any) -> dict[str, Any]:
                     base_nv, targets = continuation_rows(base[row], passage)
                     comparison.update(base_nv, continuation_rows(logits[row], passage)[0], targets)
             kept.done()
+        merge(statistics)
     result = ours.result()
     measured: dict[str, Any] = {
         "protocol": "last-word",
@@ -310,6 +321,14 @@ def _last_word(run: _Run, texts: Texts, tokenizer: Any) -> dict[str, Any]:
             **_compared(comparison),
         }
     return measured
+
+
+def merge(statistics: Mapping[str, Statistic]) -> None:
+    """Make every rank's statistics those of all ranks."""
+    ranks = current()
+    for rank, states in enumerate(ranks.gather({name: each.state() for name, each in statistics.items()})):
+        for name, state in states.items() if rank != ranks.rank else ():
+            statistics[name].merge(state)
 
 
 def _add_passages(statistics: LastWord, logits: torch.Tensor, batch: list[Passage], name: str) -> None:

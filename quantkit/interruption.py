@@ -32,6 +32,9 @@ class Statistic(Protocol):
     def take_up(self, state: Mapping[str, torch.Tensor]) -> None:
         """Hold this, which `state` gave."""
 
+    def merge(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take in all that another one was given, which `state` gave of it."""
+
 
 def cache_folder() -> Path:
     """Where statistics of evaluations are kept: `quantkit/evaluations` of the user's cache."""
@@ -48,6 +51,7 @@ class Interruptible:
         fingerprint: what the evaluation is known by, or None for one that can't be known again (a model in memory).
         statistics: what is gathered, by name.
         restart: begin anew, whatever an earlier one did.
+        ranks: the number of this process and how many share the batches; each keeps what it has done.
 
     Attributes:
         count: batches that are done.
@@ -55,17 +59,37 @@ class Interruptible:
     """
 
     def __init__(
-        self, fingerprint: Mapping[str, Any] | None, statistics: Mapping[str, Statistic], *, restart: bool = False
+        self,
+        fingerprint: Mapping[str, Any] | None,
+        statistics: Mapping[str, Statistic],
+        *,
+        restart: bool = False,
+        ranks: tuple[int, int] = (0, 1),
     ) -> None:
         self.statistics = statistics
         self.count = self.before = 0
         self._path: Path | None = None
         self._saved = time.monotonic()
         if fingerprint is not None:
-            self._path = cache_folder() / f"{json_checksum(fingerprint)}.safetensors"
+            name, (rank, count) = json_checksum(fingerprint), ranks
+            self._path = cache_folder() / (f"{name}.safetensors" if count == 1 else f"{name}.{rank}-{count}.safetensors")
             if restart:
                 self._path.unlink(missing_ok=True)
+            self._refuse_others(name, count, restart)
             self._take_up(self._path)
+
+    @staticmethod
+    def _refuse_others(name: str, count: int, restart: bool) -> None:
+        """Refuse, or forget, what was kept by another number of processes."""
+        for path in sorted(cache_folder().glob(f"{name}*.safetensors")):
+            kept_by = int(path.stem.rpartition("-")[2]) if "-" in path.stem else 1
+            if kept_by != count and restart:
+                path.unlink(missing_ok=True)
+            elif kept_by != count:
+                raise CheckpointError(
+                    f"this evaluation was stopped with {kept_by} processes, and now there are {count}: give as many to "
+                    "go on, or --restart to begin anew"
+                )
 
     def _take_up(self, path: Path) -> None:
         if not path.is_file():

@@ -66,6 +66,12 @@ class Comparison:
         self._kl = [state["kl"]] if state["kl"].numel() else []
         self._agreed, self._squared_change = int(state["agreed"]), float(state["squared_change"])
 
+    def merge(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take in all that another one was given, which is in this state of it."""
+        self._kl += [state["kl"]] if state["kl"].numel() else []
+        self._agreed += int(state["agreed"])
+        self._squared_change += float(state["squared_change"])
+
     def result(self) -> ComparisonResult:
         """The statistics over all tokens so far; a percentile interpolates linearly between neighbours."""
         if not self._kl:

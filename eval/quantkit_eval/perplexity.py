@@ -91,6 +91,14 @@ class Perplexity:
         """Hold what another one held."""
         self._means, self._length = state["means"].tolist(), int(state["length"]) or None
 
+    def merge(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take in all that another one was given, which is in this state of it."""
+        length = int(state["length"]) or None
+        if None not in (length, self._length) and length != self._length:
+            raise ValueError(f"windows of {length} predictions after windows of {self._length}")
+        self._means.extend(state["means"].tolist())
+        self._length = self._length or length
+
     def result(self) -> PerplexityResult:
         """exp(mean) ± exp(mean) · s/√W: the delta method, s the sample deviation of the windows' means."""
         if not self._means or self._length is None:

@@ -128,6 +128,12 @@ class LastWord:
         self._nats = state["nats"].tolist()
         self._right, self._tokens = state["counts"].tolist()
 
+    def merge(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take in all that another one was given, which is in this state of it."""
+        right, tokens = state["counts"].tolist()
+        self._nats.extend(state["nats"].tolist())
+        self._right, self._tokens = self._right + right, self._tokens + tokens
+
     def result(self) -> LastWordResult:
         """Accuracy a ± √(a(1 - a)/(n - 1)), the sample error of a mean of zeros and ones; perplexity by passage."""
         count = len(self._nats)

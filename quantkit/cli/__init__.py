@@ -24,10 +24,14 @@ from quantkit.cli import (
 )
 from quantkit.cli.options import CONTEXT, MESSAGES, show_messages
 from quantkit.errors import QuantkitError
+from quantkit.launched import is_silent, launched
 from quantkit.untrusted import printable
 from quantkit.version import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
+
+SHARED = ("quantize", "eval")
+"""The commands whose work the processes of a job share."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -64,6 +68,19 @@ class Commands(click.Group):
         """The commands in the order of use."""
         return list(self.commands)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is asked for; one that several processes can't share is refused in such a job."""
+        found = super().resolve_command(ctx, args)
+        place = launched()
+        if place.count > 1 and found[0] not in SHARED:
+            error = QuantkitError(
+                f"quantkit {found[0]} works in one process, and WORLD_SIZE is {place.count}; give it without torchrun "
+                "or accelerate launch"
+            )
+            error.told = not place.is_first
+            raise error
+        return found
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         MESSAGES.setStream(sys.stderr)
@@ -77,12 +94,16 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (QuantkitError, KernelError) as error:
+            if isinstance(error, QuantkitError) and error.told:
+                ctx.exit(1)
             raise click.ClickException(sentence(error)) from error
         except Terminated:
-            click.echo("quantkit: terminated", err=True)
+            if not is_silent():
+                click.echo("quantkit: terminated", err=True)
             ctx.exit(TERMINATED)
         except KeyboardInterrupt:
-            click.echo("quantkit: interrupted", err=True)
+            if not is_silent():
+                click.echo("quantkit: interrupted", err=True)
             ctx.exit(INTERRUPTED)
         finally:
             log.setLevel(level)

@@ -66,6 +66,9 @@ def table(result: dict[str, Any]) -> str:
         rows += _text_rows(result)
     rows += _task_rows(result.get("tasks", {}), result.get("baseline_tasks", {}))
     rows += [("seconds", f"{result['seconds']:.1f}"), ("peak memory", _mebibytes(result["peak_memory_bytes"]))]
+    for number, each in enumerate(result.get("ranks", ())):
+        peak = _mebibytes(each["peak_memory_bytes"])
+        rows.append((f"rank {number}", f"{each['seconds']:.1f} s, {each['waited']:.1f} of them waiting; {peak}"))
     rows.append(("backend", result["backend"]))
     rows += _served_rows(result)
     width = max(len(label) for label, _ in rows)

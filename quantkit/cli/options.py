@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
+from quantkit.launched import is_silent
 from quantkit.untrusted import printable
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -82,8 +83,9 @@ def _set_level(context: click.Context, key: str, value: Any) -> None:
 
 def show_messages(level: str = "warning") -> None:
     """Show messages of this level and above on stderr."""
-    MESSAGES.setLevel(level.upper())
-    logging.getLogger("quantkit").setLevel(min(MESSAGES.level, logging.WARNING))  # a run's log has all warnings
+    number = logging.getLevelNamesMapping()[level.upper()]
+    MESSAGES.setLevel(number if not is_silent() else logging.CRITICAL + 1)
+    logging.getLogger("quantkit").setLevel(min(number, logging.WARNING))  # a run's log has all warnings
 
 
 def _quiet(context: click.Context, _: click.Parameter, value: bool) -> bool:
@@ -114,7 +116,8 @@ def log_options(function: F) -> F:
 
 def say(text: str) -> None:
     """Print a result on stdout; what a terminal would obey in names that a checkpoint made up is written out."""
-    click.echo(printable(text, keep="\n\t"))
+    if not is_silent():
+        click.echo(printable(text, keep="\n\t"))
 
 
 device_option = click.option(
