@@ -21,7 +21,7 @@ from quantkit.durable import put, sync, write_json, writing
 from quantkit.errors import CheckpointError
 from quantkit.memory import peak_memory_bytes
 from quantkit.outcome import GroupReport, LayerReport, Outcome, PrunedReport
-from quantkit.shards import Part, ShardWriter, checksum, is_whole, json_checksum, read_tensors, write_tensors
+from quantkit.shards import Onlooker, Part, ShardWriter, checksum, is_whole, json_checksum, read_tensors, write_tensors
 
 STATE = "quantkit_state"
 FINGERPRINT = "fingerprint.json"
@@ -61,11 +61,43 @@ class Journal:
         self._sums: dict[str, dict[str, str]] = {}
         self._parts = 0
         self._records = 0
-        self.is_complete = (self.folder / COMPLETE).is_file()
-        self._take_up()
+        self.is_complete = False
+        self._scratch: str | None = None if isinstance(writer, Onlooker) else SCRATCH
+        if self._scratch is not None:
+            self.is_complete = (self.folder / COMPLETE).is_file()
+            self._take_up()
 
     def __len__(self) -> int:
         return len(self._stages)
+
+    @property
+    def records(self) -> int:
+        """How many records there are."""
+        return self._records
+
+    def taken(self) -> dict[str, Any]:
+        """What `follow` needs to know of what is finished."""
+        states = {stage: path.name for stage, path in self._states.items()}
+        return {
+            "folder": self.writer.folder,
+            "limit": self.writer.max_shard_bytes,
+            "every": self.every,
+            "parts": self.writer.parts,
+            "stages": self._stages,
+            "states": states,
+            "records": self._records,
+            "is_complete": self.is_complete,
+        }
+
+    @classmethod
+    def follow(cls, taken: Mapping[str, Any], number: int) -> "Journal":
+        """A journal for another process of the same run: it knows what is finished, and writes nothing of its own."""
+        found = cls(taken["folder"], Onlooker(taken["folder"], taken["limit"]), every=taken["every"])
+        found.writer.parts += taken["parts"]
+        found._stages, found._records = dict(taken["stages"]), taken["records"]
+        found._states = {stage: found.folder / name for stage, name in taken["states"].items()}
+        found._scratch, found.is_complete = f"{SCRATCH}-{number}", taken["is_complete"]
+        return found
 
     def _take_up(self) -> None:
         """Take what the records of a run that was stopped name, as far as it is whole, and remove all else.
@@ -146,7 +178,7 @@ class Journal:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder for what need not outlive this process."""
-        folder = self.folder / SCRATCH
+        folder = self.folder / (self._scratch or SCRATCH)
         shutil.rmtree(folder, ignore_errors=True)
         with writing(folder):
             folder.mkdir()
@@ -196,6 +228,9 @@ class Journal:
 
     def commit(self, stage: str, outcome: Outcome, state: Mapping[str, torch.Tensor] | None = None) -> None:
         """Say that a stage is done: all its tensors are with the writer. `state` is kept beside it."""
+        if isinstance(self.writer, Onlooker):
+            self._stages[stage] = outcome
+            return
         now = time.monotonic()
         seconds, self._latest = now - self._latest, now
         self._tell("stage", stage=stage, layers=len(outcome.layers), notes=outcome.notes, seconds=round(seconds, 3))
@@ -215,18 +250,46 @@ class Journal:
         if self.writer.is_empty:
             self._write()
 
-    def _write(self) -> None:
-        parts = self.writer.parts[self._parts :]
+    def put(self, number: int, stages: Mapping[str, Outcome], writer: ShardWriter) -> None:
+        """Write the record of stages that some process of the run has done with a writer of its own.
+
+        Args:
+            number: of the record, counted from those that the run was begun with.
+            stages: what came of them.
+            writer: holds their tensors and no others.
+        """
+        write_whole(self._record(self._records + number), self._content(stages, writer.parts, writer.checksums))
+
+    def adopt(self, stages: Mapping[str, Outcome], parts: list[Part], checksums: Mapping[str, str]) -> None:
+        """Take what a record holds that was `put`; in the order of the records."""
+        self.writer.parts += parts
+        self.writer.checksums |= checksums
+        self._stages |= stages
+        self._parts, self._records = len(self.writer.parts), self._records + 1
+        for name, outcome in stages.items():
+            self._tell("stage", stage=name, layers=len(outcome.layers), notes=outcome.notes)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Write a line to the run's log."""
+        self._tell(event, **fields)
+
+    def _content(
+        self, stages: Mapping[str, Outcome], parts: list[Part], checksums: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """What a record holds."""
         names = [name for part in parts for name in part.tensors]
-        record = {
-            "stages": {name: asdict(outcome) for name, outcome in self._pending.items()},
+        return {
+            "stages": {name: asdict(outcome) for name, outcome in stages.items()},
             "parts": [asdict(part) for part in parts],
-            "checksums": {name: self.writer.checksums[name] for name in names},
-            "states": {name: self._states[name].name for name in self._pending if name in self._states},
-            "state_checksums": {name: self._sums[name] for name in self._pending if name in self._sums},
+            "checksums": {name: checksums[name] for name in names},
+            "states": {name: self._states[name].name for name in stages if name in self._states},
+            "state_checksums": {name: self._sums[name] for name in stages if name in self._sums},
             "seconds": self.seconds + time.monotonic() - self._started,
             "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory_bytes() or 0),
         }
+
+    def _write(self) -> None:
+        record = self._content(self._pending, self.writer.parts[self._parts :], self.writer.checksums)
         write_whole(self._record(self._records), record)
         self._stages |= self._pending
         self._pending = {}
@@ -234,6 +297,8 @@ class Journal:
 
     def complete(self) -> None:
         """Say that all stages are done."""
+        if isinstance(self.writer, Onlooker):
+            return
         self.writer.write()
         if self._pending:
             self._write()

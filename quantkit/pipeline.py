@@ -23,6 +23,7 @@ from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
 from quantkit.durable import write_error, write_json, write_text
 from quantkit.errors import DataError, QuantkitError, RecipeError
+from quantkit.following import ended, follow, lead, same_work
 from quantkit.footprint import Batching, footprint
 from quantkit.headers import NoPartsError
 from quantkit.identity import identity, refuse_changed
@@ -42,12 +43,14 @@ from quantkit.pairing import (
 from quantkit.planning import Plan, make_plan
 from quantkit.progress import Steps
 from quantkit.publishing import Publication
+from quantkit.ranks import current, together
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.report import Report, model_card, write_report
 from quantkit.runlog import RunLog, log_path
 from quantkit.shards import ShardReader, ShardWriter
 from quantkit.targets import counted
 from quantkit.texts import read, tokenize
+from quantkit.units import compress_units
 from quantkit.verification import verify
 from quantkit.version import __version__
 
@@ -59,6 +62,7 @@ CHOICE = 16
 log = logging.getLogger("quantkit")
 
 
+@together
 def quantize(
     model: str | Path | nn.Module,
     output: str | Path,
@@ -128,7 +132,8 @@ def quantize(
         QuantkitError: any mistake that a user can mend; then `output` doesn't exist. Only an evaluation or an
             upload that fails comes after it is safe, and says so.
     """
-    started = time.monotonic()
+    started, ranks = time.monotonic(), current()
+    progress = progress and ranks.is_first
     made = _recipe(recipe, steps, include, ignore, seed)
     limit, place = parse_size(max_shard_size), pick_device(device)
     allowed = None if max_memory is None else parse_size(max_memory)
@@ -145,7 +150,8 @@ def quantize(
     publication = None
     if push_to_hub is not None:
         publication = Publication(push_to_hub, private, replace_weights, commit_message, token)
-        publication.check()
+        if ranks.is_first:
+            publication.check()
     elif private or replace_weights or commit_message is not None:
         log.warning("--private, --replace-weights and --commit-message are unused without --push-to-hub")
     hub = Hub(revision, token, cache_dir, trust_remote_code, progress)
@@ -167,6 +173,13 @@ def quantize(
     known = fingerprint(source, made, plan, limit, place)
     shape = (0, 0) if windows is None else (len(windows), windows.shape[1])
     foreseen = footprint(source, plan, made, shape, place, allowed)
+    same_work(ranks, known)
+    if not ranks.is_first:
+        compress(plan, made, source, *follow(ranks), place, windows, progress)
+        report = ended(ranks)
+        if evaluation is not None:
+            report.evaluation = evaluation(target)
+        return report
     with partial_folder(target, known, restart=restart) as folder:
         finished = records(folder)
         with RunLog(log_path(target), anew=not finished, worth=lambda: records(folder)) as run:
@@ -178,7 +191,8 @@ def quantize(
                 batching = Batching(**journal.setting("batching", asdict(foreseen.batching)))
                 if batching != foreseen.batching:
                     foreseen = footprint(source, plan, made, shape, place, allowed, only=batching)
-            done = compress(plan, made, source, journal, place, windows, batching, progress)
+            lead(ranks, journal, batching)
+            done = compress(plan, made, source, journal, batching, place, windows, progress)
             refuse_changed(source, known["model"])
             plan = replace(plan, targets=counted(plan.targets, done.layers))
             report = _finished(folder, source, made, plan, done, journal, progress)
@@ -187,6 +201,7 @@ def quantize(
             write_text(folder / "README.md", model_card(report, source))
             write_report(folder, report)
             run.write("finish", seconds=round(report.seconds, 3), layers=len(report.layers), bytes=report.bytes_after)
+    ranks.told(report)
     if evaluation is not None:
         try:
             report.evaluation = evaluation(target)
@@ -386,16 +401,25 @@ def compress(
     recipe: Recipe,
     source: Source,
     journal: Journal,
+    batching: Batching | None,
     device: torch.device,
     windows: torch.Tensor | None,
-    batching: Batching | None,
     progress: bool,
 ) -> Outcome:
-    """Write every stage that isn't written yet; with windows the blocks are calibrated on them."""
+    """Write every stage that isn't written yet; with windows the blocks are calibrated on them.
+
+    Ranks share the stages, or the windows.
+    """
+    ranks = current()
+    if windows is None and not ranks.is_alone and not journal.is_complete:
+        with Steps("quantizing", len(plan.stages), "block", disable=not progress) as steps:
+            compress_units(plan, source, journal, device, steps.advance)
+        journal.complete()
+        return journal.outcome()
     first = [stage for stage in plan.stages if windows is None or not stage.is_block]
     with Steps("quantizing", len(plan.stages), "block", disable=not progress) as steps:
         for stage in first:
-            if journal.finished(stage.name) is None:
+            if journal.finished(stage.name) is None and ranks.is_first:
                 done = Outcome()
                 done.layers += compress_stage(stage, plan, source, journal.writer, device, pruned=done.pruned)
                 journal.commit(stage.name, done)

@@ -27,12 +27,16 @@ import torch.distributed as dist
 
 from quantkit.errors import QuantkitError
 from quantkit.launched import Launched, launched
+from quantkit.memory import peak_memory_bytes
 
 BEAT = 0.5
 """Seconds between two signs of life."""
 
 SILENT = 60.0
 """Seconds without a sign of life after which a rank counts as gone; one that is killed is missed at once."""
+
+STRAGGLES, NOTICED = 1.5, 10.0
+"""A rank that takes so many times as long as the median, and so many seconds more, is named to the user."""
 
 LAST_WORDS = 4.0
 """Seconds for which the first rank looks who ended the job, and why."""
@@ -72,7 +76,7 @@ class Ranks:
         self._entered = 0
         self._speaks = place.is_first
         self._trouble: str | None = None
-        self._turns = 0
+        self._number = 0
         if store is not None:
             threading.Thread(target=self._watch, args=(store.clone(),), daemon=True, name="quantkit ranks").start()
 
@@ -154,13 +158,25 @@ class Ranks:
                 "the same files, versions and kind of machine for all ranks"
             )
 
+    def compare(self, stage: str, seconds: float, tell: Callable[..., None], **more: Any) -> None:
+        """Tell the log how long each rank worked on a stage, and the user which one holds up the others."""
+        if self.is_alone:
+            return
+        rows = self.gather({"seconds": round(seconds, 3), **more, "peak_memory_bytes": peak_memory_bytes()})
+        if not self.is_first:
+            return
+        times = sorted(row["seconds"] for row in rows)
+        usual, slowest = times[(self.count - 1) // 2], max(range(self.count), key=lambda rank: rows[rank]["seconds"])
+        tell("ranks", stage=stage, slowest=slowest, ranks=rows)
+        if times[-1] > max(STRAGGLES * usual, usual + NOTICED):
+            log.warning(
+                "%s: rank %d took %.0f s and others %.0f s; they wait for it", stage, slowest, times[-1], usual
+            )
+
     def turn(self, name: str) -> int:
         """The next number of a sequence that all ranks share: 0, 1, ...; each number goes to one rank."""
-        if self.is_alone:
-            self._turns += 1
-            return self._turns - 1
         self.look()
-        return int(self._store.add(f"turn/{name}", 1)) - 1
+        return int(self._store.add(f"turn/{self._number}/{name}", 1)) - 1
 
     # The end of others
 
@@ -273,7 +289,7 @@ class Ranks:
         if self.is_alone or self._entered:
             yield self
             return
-        self._entered += 1
+        self._entered, self._number = 1, self._number + 1
         self._say(f"who/{self.rank}", [socket.gethostname(), os.getpid()])
         try:
             yield self
@@ -284,7 +300,7 @@ class Ranks:
                 raise
             raise found from error
         finally:
-            self._entered -= 1
+            self._entered = 0
 
 
 _joined: list[Ranks] = []

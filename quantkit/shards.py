@@ -315,14 +315,20 @@ class ShardWriter:
     becomes `model.safetensors`. It can be stopped anywhere and called again. The files carry no times, and which tensor
     lies where depends on the parts alone: the same tensors give the same bytes.
 
+    Args:
+        folder: where they go.
+        max_shard_bytes: the most that a file holds, unless one tensor is larger.
+        prefix: what the names of parts begin with.
+
     Attributes:
         checksums: name of every tensor written to the hash of its bytes.
         parts: what is written, in order.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+    def __init__(self, folder: Path, max_shard_bytes: int, prefix: str = "part-") -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
+        self.prefix = prefix
         self.checksums: dict[str, str] = {}
         self.parts: list[Part] = []
         self._waiting: dict[str, torch.Tensor] = {}
@@ -353,11 +359,11 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Write what waits, if it is worth a file; a small model becomes one shard that way."""
-        if self._waiting_bytes >= self._smallest:
+        if self._waiting_bytes >= self.smallest:
             self.write()
 
     @property
-    def _smallest(self) -> int:
+    def smallest(self) -> int:
         """The fewest bytes that are worth a file."""
         return min(SMALLEST_SHARD, self.max_shard_bytes)
 
@@ -366,7 +372,7 @@ class ShardWriter:
         if not self._waiting:
             return
         waiting, self._waiting, self._waiting_bytes, self._storages = self._waiting, {}, 0, set()
-        part = Part(f"part-{len(self.parts):05d}.safetensors", tuple(waiting), sum(t.nbytes for t in waiting.values()))
+        part = Part(f"{self.prefix}{len(self.parts):05d}.safetensors", tuple(waiting), sum(t.nbytes for t in waiting.values()))
         with ThreadPoolExecutor(torch.get_num_threads()) as beside:  # hashing takes as long as writing does
             checksums = beside.map(checksum, waiting.values())
             write_tensors(self.folder / part.file, waiting)
@@ -380,7 +386,7 @@ class ShardWriter:
 
     def shards(self) -> dict[str, list[Part]]:
         """The final shards' names, each with the parts that it is made of."""
-        groups = list(grouped(self.parts, self._smallest, self.max_shard_bytes))
+        groups = list(grouped(self.parts, self.smallest, self.max_shard_bytes))
         if len(groups) == 1:
             return {SINGLE: groups[0]}
         return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, 1)}
@@ -416,6 +422,13 @@ class ShardWriter:
         for path in paths:
             with writing(path):
                 path.unlink(missing_ok=True)
+
+
+class Onlooker(ShardWriter):
+    """Writes nothing: another process of the same run writes these tensors. What is written already can be read."""
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let them go."""
 
 
 def grouped(parts: Sequence[Part], smallest: int, largest: int) -> Iterator[list[Part]]:

@@ -11,6 +11,7 @@ from quantkit.checkpoint import read_config
 from quantkit.errors import CheckpointError
 from quantkit.planning import Plan
 from quantkit.progress import track
+from quantkit.ranks import current
 from quantkit.shards import ShardReader
 from quantkit.targets import Target, tensor_specs
 
@@ -27,18 +28,13 @@ def verify(folder: Path, plan: Plan, checksums: Mapping[str, str], *, progress: 
     Raises:
         CheckpointError: anything differs.
     """
+    current().told((folder, dict(checksums)))
     reader = ShardReader(folder)
     if set(reader.tensors) != set(checksums):
         odd = sorted(set(reader.tensors) ^ set(checksums))[0]
         raise CheckpointError(f"read back from {folder}, tensor {odd!r} is not where it should be; check the disk")
-    names = sorted(checksums)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # neither reading nor hashing holds the interpreter
-        found = pool.map(reader.checksum, names)
-        for name in track(names, "verifying", len(names), "tensor", disable=not progress):
-            if next(found) != checksums[name]:
-                raise CheckpointError(
-                    f"read back from {folder}, tensor {name!r} differs from what was written; check the disk"
-                )
+    _check_bytes(reader, checksums, progress)
+    current().barrier()
     counts = {"tensors": len(checksums), "quantized": len(plan.targets), "left": len(plan.linears_left)}
     if plan.layout is None:
         return counts
@@ -53,6 +49,29 @@ def verify(folder: Path, plan: Plan, checksums: Mapping[str, str], *, progress: 
         if parsed.scheme_of(module) is not None:
             raise CheckpointError(f"the config in {folder} gives {module} a scheme, and it was left in float")
     return counts
+
+
+def verify_share() -> None:
+    """Return nothing; read back this rank's share of what the first rank wrote, while that verifies it.
+
+    Raises:
+        CheckpointError: a tensor differs.
+    """
+    told: tuple[Path, dict[str, str]] = current().told((Path(), {}))
+    _check_bytes(ShardReader(told[0]), told[1], progress=False)
+    current().barrier()
+
+
+def _check_bytes(reader: ShardReader, checksums: Mapping[str, str], progress: bool) -> None:
+    """Raise CheckpointError when a tensor isn't as it was written; each rank reads its share of them."""
+    names = current().share(sorted(checksums))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # neither reading nor hashing holds the interpreter
+        found = pool.map(reader.checksum, names)
+        for name in track(names, "verifying", len(names), "tensor", disable=not progress):
+            if next(found) != checksums[name]:
+                raise CheckpointError(
+                    f"read back from {reader.folder}, tensor {name!r} differs from what was written; check the disk"
+                )
 
 
 def _verify_layer(reader: ShardReader, target: Target, layout: ModuleType) -> None:
