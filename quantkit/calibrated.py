@@ -7,6 +7,7 @@ float ones, and the windows run through again to make the next block's inputs. O
 the windows' hidden states are all that is in memory.
 """
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -31,7 +32,9 @@ from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.observation import Observation
 from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
+from quantkit.ranks import RankError, Ranks, current
 from quantkit.recipe import Recipe
+from quantkit.shards import checksum
 from quantkit.smoothing import Inputs, Proof, Smoother, fold_in
 from quantkit.sparsifying import Pruner, Pruning, Streams
 from quantkit.streaming import LazyModel, StoredWeights
@@ -74,7 +77,8 @@ def compress_calibrated(
     work = _Work(plan, recipe, source, journal, device, batching.excess)
     # The first window is a batch by itself: folds are proven on it, one run of the block for each.
     parts = [windows[:1], *torch.split(windows[1:], batching.windows)] if len(windows) > 1 else [windows]
-    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in parts]
+    work.windows = [len(part) for part in parts]
+    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in _share(work.ranks, parts)]
     idle = plan.findings.idle
     numbers = [i for i in range(plan.findings.count) if i not in idle]
     blocks = [work.model.get_submodule(work.name(i)) for i in numbers]
@@ -114,6 +118,20 @@ def compress_calibrated(
             raise write_error(error, journal.folder) from error
 
 
+def _share(ranks: Ranks, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's batches of windows.
+
+    Raises:
+        RankError: there are more ranks than batches.
+    """
+    if len(parts) < ranks.count:
+        raise RankError(
+            f"{sum(map(len, parts))} calibration windows make {len(parts)} batches, and there are {ranks.count} "
+            "processes: give more --samples, or fewer processes"
+        )
+    return ranks.share(parts)
+
+
 class _Work:
     """The state of one calibrated compression: a lazy model, and what has been found."""
 
@@ -135,6 +153,8 @@ class _Work:
         self.looped = len(plan.findings.order) > len(set(plan.findings.order))
         self.done = Outcome()
         self.excess = Excess(excess)
+        self.ranks, self.windows = current(), list[int]()
+        self._since = (time.monotonic(), self.ranks.waited)
         self._scales: dict[str, torch.Tensor] = {}
         self._undo: dict[int, list[Callable[[], None]]] = {}
 
@@ -145,7 +165,7 @@ class _Work:
     def unobserved(self, index: int) -> None:
         """Compress and write a block that no text reaches, as its weights are."""
         name = self.name(index)
-        if self.journal.finished(name) is not None:
+        if self.journal.finished(name) is not None or not self.ranks.is_first:
             return
         stage, self.done = self.stages.get(name), Outcome()
         if stage is not None:
@@ -171,13 +191,16 @@ class _Work:
                 kept = self._replay(index, block, calls, axes)
         if not (calls.last and not self.looped):
             self._undo[index] = self._quantize(layers, kept)
+        since, self._since = self._since, (time.monotonic(), self.ranks.waited)
+        own = (self._since[0] - since[0]) - (self._since[1] - since[1])
+        self.ranks.compare(name, own, self.journal.tell)
         return block
 
     def _calibrate(self, index: int, block: nn.Module, calls: Calls, axes: dict[str, int]) -> Kept:
         """Observe, smooth, compress and write a block, and record it; the tensors written for its layers."""
         name, worked = self.name(index), Worked()
         state: dict[str, torch.Tensor] = {}
-        self.done, seen = Outcome(), Observation(name, block, calls, self.excess)
+        self.done, seen = Outcome(), Observation(name, block, calls, self.excess, self.windows)
         for number, step in enumerate(self.recipe.transforms):
             if step is self.plan.pruning:
                 with self.journal.step(name, step.name):
@@ -202,8 +225,15 @@ class _Work:
                 layers = compress_stage(stage, self.plan, self.source, self.writer, self.device, worked, kept)
             self.done.layers += layers
         state |= {PRUNED + path: self.model.get_parameter(path).detach() for path in self._unwritten(index, kept)}
+        self._agree(name, kept, state)
         self.journal.commit(name, self.done, state)
         return kept
+
+    def _agree(self, name: str, kept: Kept, state: dict[str, torch.Tensor]) -> None:
+        """Raise RankError when ranks made something else of a block, as unlike machines might."""
+        if not self.ranks.is_alone:
+            tensors = {f"{layer} {leaf}": each for layer, found in kept.items() for leaf, each in found.items()} | state
+            self.ranks.agree(f"result for {name}", {key: checksum(value) for key, value in tensors.items()})
 
     def _replay(self, index: int, block: nn.Module, calls: Calls, axes: dict[str, int]) -> Kept:
         """Make a block again that a run which was stopped had finished: as `_calibrate` leaves it, nothing observed."""
@@ -266,7 +296,8 @@ class _Work:
         dtype = product_dtype(stored.pop(), self.device) if len(stored) == 1 else None
         before = seen.inputs(fed, inputs, dtype)
         self.excess.give_back()
-        proof = Proof(seen.output, [p for _, p in block.named_parameters()], before)
+        weights = [p for _, p in block.named_parameters()]
+        proof = self.ranks.decided(Proof(seen.output, weights, before) if self.ranks.is_first else None)
         restore = None if worked.changed else partial(self.lazy.fill, name, block)
         smoother = Smoother(name, block, alpha, self.scheme, fed, self._dtypes(name, block), proof, restore)
         self.done.groups += smoother.fold_all(structure.groups, inputs)

@@ -3,11 +3,11 @@
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
+from quantkit.errors import CheckpointError
 from quantkit.footprint import Batching
 from quantkit.journal import Journal
-from quantkit.ranks import Ranks, RankError
+from quantkit.ranks import RankError, Ranks
+from quantkit.recipe import Recipe
 from quantkit.report import Report
 from quantkit.verification import verify_share
 
@@ -24,15 +24,28 @@ def same_work(ranks: Ranks, known: dict[str, Any]) -> None:
     ranks.agree("model", [model["config"], files or model.get("tensors")])
 
 
-def lead(ranks: Ranks, journal: Journal, batching: Batching | None) -> None:
-    """Tell the other ranks what is finished, and how windows are to run."""
+def lead(ranks: Ranks, journal: Journal, batching: Batching | None, recipe: Recipe) -> None:
+    """Tell the other ranks what is finished, and how windows are to run.
+
+    Raises:
+        CheckpointError: the recipe's statistics are rounded by the number of ranks, and the run was begun with another.
+    """
+    if recipe.observes_pruning:
+        begun = int(journal.setting("ranks", {"count": ranks.count})["count"])
+        if begun != ranks.count:
+            raise CheckpointError(
+                f"{journal.writer.folder} was begun with {begun} process{'es' if begun > 1 else ''}, and sums of "
+                f"products are rounded otherwise with {ranks.count}: give the same number to go on, --restart to begin "
+                "anew, or another -o OUT"
+            )
     if not ranks.is_alone:
         ranks.told((journal.taken(), None if batching is None else asdict(batching)))
 
 
 def follow(ranks: Ranks) -> tuple[Journal, Batching | None]:
     """What `lead` tells."""
-    taken, batching = ranks.told(({}, None))
+    told: tuple[dict[str, Any], dict[str, Any] | None] = ranks.told(({}, None))
+    taken, batching = told
     return Journal.follow(taken, ranks.rank), None if batching is None else Batching(**batching)
 
 
@@ -43,17 +56,3 @@ def ended(ranks: Ranks) -> Report:
     if report is None:
         raise RankError("the first rank ended without a report")
     return report
-
-
-def batches_of(ranks: Ranks, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """This rank's batches of windows.
-
-    Raises:
-        RankError: there are more ranks than batches.
-    """
-    if len(parts) < ranks.count:
-        raise RankError(
-            f"{sum(map(len, parts))} calibration windows make {len(parts)} batches, and there are {ranks.count} ranks: "
-            "give more --samples, or fewer processes"
-        )
-    return ranks.share(parts)

@@ -129,6 +129,7 @@ def footprint(
     device: torch.device,
     limit: int | None = None,
     only: Batching | None = None,
+    ranks: int = 1,
 ) -> Footprint:
     """The memory that a run takes; under a limit with smaller batches and hidden states on disk where that is needed.
 
@@ -140,6 +141,7 @@ def footprint(
         device: what the blocks run on.
         limit: bytes that the host's peak must not pass.
         only: the one way to run the windows that is open, if there is one; it is that of a run that was begun.
+        ranks: how many processes share the windows; the memory is that of the first.
 
     Raises:
         RecipeError: no way stays within the limit; the message says what the least is.
@@ -155,7 +157,8 @@ def footprint(
     least: Footprint | None = None
     for batching in ways(count, length, device) if only is None else (only,):
         done = activity(source.skeleton, plan.findings, batching.windows, length)
-        found = blocks.calibrated(done, -(-(count - 1) // batching.windows) + 1, batching)
+        batches = -(-(count - 1) // batching.windows) + 1
+        found = blocks.calibrated(done, -(-batches // ranks), batching)
         if limit is None or MARGIN * found.host_bytes <= limit:
             return found
         least = found if least is None or found.host_bytes < least.host_bytes else least

@@ -72,7 +72,9 @@ class Interruptible:
         self._saved = time.monotonic()
         if fingerprint is not None:
             name, (rank, count) = json_checksum(fingerprint), ranks
-            self._path = cache_folder() / (f"{name}.safetensors" if count == 1 else f"{name}.{rank}-{count}.safetensors")
+            self._path = cache_folder() / (
+                f"{name}.safetensors" if count == 1 else f"{name}.{rank}-{count}.safetensors"
+            )
             if restart:
                 self._path.unlink(missing_ok=True)
             self._refuse_others(name, count, restart)

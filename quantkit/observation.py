@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from quantkit.errors import QuantkitError
 from quantkit.memory import Excess
+from quantkit.ranks import Ranks, current
+from quantkit.reducing import Turn, total
+from quantkit.reducing import ranges as reduced_ranges
 from quantkit.scheme import Scheme
 from quantkit.smoothing import Inputs
 from quantkit.watching import ForcedRouting, Latest, See, Watch
@@ -25,6 +28,10 @@ class Statistics(Protocol):
     """Takes in what meets weights, and knows how many tokens met each."""
 
     tokens: dict[tuple[str, int | None], int]
+    turn: Turn | None
+
+    def reduce(self, ranks: Ranks, device: torch.device) -> None:
+        """Take in what the other ranks have seen."""
 
     def see(self, name: str, expert: int | None, x: torch.Tensor) -> None:
         """Take activations [..., K] into the statistics."""
@@ -38,14 +45,20 @@ class Observation:
         block: it, with float32 weights.
         calls: the windows, batch by batch.
         excess: gives memory back between batches.
+        windows: of each batch, of those of other ranks too; batch j is the call j // count of rank j % count.
 
     Attributes:
         notes: what a reader should know.
     """
 
-    def __init__(self, name: str, block: nn.Module, calls: Calls, excess: Excess) -> None:
+    def __init__(
+        self, name: str, block: nn.Module, calls: Calls, excess: Excess, windows: Sequence[int] | None = None
+    ) -> None:
         self.name, self.block, self.calls, self.excess = name, block, calls, excess
         self.notes: list[str] = []
+        self.ranks = current()
+        self.windows = [1] * len(calls) if windows is None else list(windows)
+        self._turned = Turn(0, 0, 0)
 
     def output(self) -> torch.Tensor:
         """What the block gives for the first batch: its first float tensor."""
@@ -59,11 +72,12 @@ class Observation:
         first batches.
         """
         watched = {path: (self.block.get_parameter(path), axis) for path, axis in axes.items()}
-        output = self._watched(watched, inputs.see, dtype)
+        self._turned = Turn(0, 0, 0)
+        output = self._watched(watched, inputs.see, dtype, inputs)
         experts = {path: value.shape[0] for path, (value, _) in watched.items() if value.ndim == 3}
         for count in set(experts.values()):
             paths = [path for path, size in experts.items() if size == count]
-            rare = _rare(inputs, paths, count)
+            rare = _rare(total(inputs.tokens, self.ranks), paths, count)
             if rare:
                 shown = self._show(watched, inputs, paths, count, list(rare))
                 how = "with all tokens of the first windows" if shown else "with those alone"
@@ -71,7 +85,14 @@ class Observation:
                     f"experts {_listed(rare)} of {self.name} were sent fewer than {FEW_TOKENS} calibration tokens, "
                     f"and are calibrated {how}"
                 )
+        inputs.reduce(self.ranks, next(self.block.parameters()).device)
         return output
+
+    def _turn(self, batch: int) -> Turn:
+        """The turn of a batch, which is the next to run."""
+        last = self._turned
+        self._turned = Turn(last.number + (last.windows > 0), last.first + last.windows, self.windows[batch])
+        return self._turned
 
     def _show(
         self,
@@ -86,30 +107,49 @@ class Observation:
         False when the router doesn't choose in a way that can be overruled.
         """
         while rare:
-            for call in self.calls:
-                with ForcedRouting(experts, rare) as routing, Watch(watched, inputs.see):
-                    self.block(*call.args, **call.kwargs)
-                if not routing.taken:
+            for batch in range(len(self.windows)):
+                inputs.turn, found = self._turn(batch), -1
+                if batch % self.ranks.count == self.ranks.rank:
+                    call = self.calls[batch // self.ranks.count]
+                    with ForcedRouting(experts, rare) as routing, Watch(watched, inputs.see):
+                        self.block(*call.args, **call.kwargs)
+                    found = routing.taken
+                    call.away()
+                taken = max(self.ranks.gather(found))
+                if not taken:
                     return False
-                left = set(_rare(inputs, paths, experts))
-                if not left.intersection(rare[: routing.taken]):
+                left = set(_rare(total(inputs.tokens, self.ranks), paths, experts))
+                if not left.intersection(rare[:taken]):
                     break
-            rare = rare[routing.taken :]  # they have met enough, or every token there is
+            rare = rare[taken:]  # they have met enough, or every token there is
         return True
 
     def _watched(
-        self, parameters: Mapping[str, tuple[torch.Tensor, int]], see: See, dtype: torch.dtype | None = None
+        self,
+        parameters: Mapping[str, tuple[torch.Tensor, int]],
+        see: See,
+        dtype: torch.dtype | None = None,
+        statistics: Statistics | None = None,
     ) -> torch.Tensor:
         """Run the block for all batches and tell what meets its parameters; what it gives for the first batch.
+
+        Each rank runs its own batches, and the first batch is the first rank's: the others' output is empty.
 
         The first batch is run in full and as it is. Where each parameter met one product there, the others are run as
         far as their last; they compute these products in `dtype`.
         """
-        first = Watch(parameters, see)
-        with first:
-            output = self.output()
-        rest = Watch(parameters, see, stop=first.once_each, dtype=dtype)
-        for call in self.calls.after(1):
+        turns = [self._turn(batch) for batch in range(len(self.windows))]
+        mine = iter(self.ranks.share(turns))
+        first, output = Watch(parameters, see), torch.empty(0)
+        if self.ranks.is_first:
+            if statistics is not None:
+                statistics.turn = next(mine)
+            with first:
+                output = self.output()
+        rest = Watch(parameters, see, stop=self.ranks.told(first.once_each), dtype=dtype)
+        for call in self.calls.after(1 if self.ranks.is_first else 0):
+            if statistics is not None:
+                statistics.turn = next(mine)
             rest.of(partial(self.block, *call.args, **call.kwargs))
             self.excess.watch()
         return output
@@ -136,6 +176,8 @@ class Observation:
             ranges[path].merge(latest(x))
 
         self._watched(watched, see)
+        reduced_ranges(ranges, self.ranks)
+        met = met.union(*self.ranks.gather(met))
         for path in ranges:
             if path not in met:
                 raise QuantkitError(
@@ -170,9 +212,9 @@ class Observation:
         return found
 
 
-def _rare(inputs: Statistics, paths: Sequence[str], experts: int) -> list[int]:
+def _rare(tokens: Mapping[tuple[str, int | None], int], paths: Sequence[str], experts: int) -> list[int]:
     """Which experts met fewer tokens than FEW_TOKENS."""
-    return [e for e in range(experts) if any(inputs.tokens.get((path, e), 0) < FEW_TOKENS for path in paths)]
+    return [e for e in range(experts) if any(tokens.get((path, e), 0) < FEW_TOKENS for path in paths)]
 
 
 def _listed(numbers: Sequence[int]) -> str:

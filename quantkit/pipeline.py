@@ -158,7 +158,9 @@ def quantize(
     source = open_for_plan(model, hub, tokenizer, dequantize=dequantize)
     plan = make_plan(source, made, format)
     shape = (samples, calibration_length(source, made, seq_len))
-    memory = footprint(source, plan, made, shape, place, allowed)  # refused before anything is read or fetched
+    memory = footprint(
+        source, plan, made, shape, place, allowed, ranks=ranks.count
+    )  # refused before anything is read or fetched
     refuse_full_disk(target, disk_bytes(source, plan) + memory.spilled_bytes)
     if not source.whole:  # what can be found out before a download is; the plan of what came is made anew
         source = open_source(model, hub, tokenizer, dequantize=dequantize)
@@ -172,7 +174,7 @@ def quantize(
         evaluation = prepare_evaluation(source, model, made, eval_dataset, seq_len, data_dir, hub, device, progress)
     known = fingerprint(source, made, plan, limit, place)
     shape = (0, 0) if windows is None else (len(windows), windows.shape[1])
-    foreseen = footprint(source, plan, made, shape, place, allowed)
+    foreseen = footprint(source, plan, made, shape, place, allowed, ranks=ranks.count)
     same_work(ranks, known)
     if not ranks.is_first:
         compress(plan, made, source, *follow(ranks), place, windows, progress)
@@ -190,8 +192,8 @@ def quantize(
             if foreseen.batching is not None:  # as a run was begun it goes on, or its bits would differ
                 batching = Batching(**journal.setting("batching", asdict(foreseen.batching)))
                 if batching != foreseen.batching:
-                    foreseen = footprint(source, plan, made, shape, place, allowed, only=batching)
-            lead(ranks, journal, batching)
+                    foreseen = footprint(source, plan, made, shape, place, allowed, batching, ranks.count)
+            lead(ranks, journal, batching, made)
             done = compress(plan, made, source, journal, batching, place, windows, progress)
             refuse_changed(source, known["model"])
             plan = replace(plan, targets=counted(plan.targets, done.layers))

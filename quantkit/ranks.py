@@ -24,6 +24,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from quantkit.errors import QuantkitError
 from quantkit.launched import Launched, launched
@@ -143,6 +145,10 @@ class Ranks:
         self._done(dist.all_gather(found, own, group=self._group, async_op=True))
         return functools.reduce(torch.maximum, found).to(tensor.device)
 
+    def decided(self, decide: Callable[[], Made] | None) -> Callable[[], Made]:
+        """A function that gives what the first rank decides; the others have None for it."""
+        return lambda: self.told(decide() if decide is not None else None)  # type: ignore[return-value]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if not self.is_alone:
@@ -169,9 +175,7 @@ class Ranks:
         usual, slowest = times[(self.count - 1) // 2], max(range(self.count), key=lambda rank: rows[rank]["seconds"])
         tell("ranks", stage=stage, slowest=slowest, ranks=rows)
         if times[-1] > max(STRAGGLES * usual, usual + NOTICED):
-            log.warning(
-                "%s: rank %d took %.0f s and others %.0f s; they wait for it", stage, slowest, times[-1], usual
-            )
+            log.warning("%s: rank %d took %.0f s and others %.0f s; they wait for it", stage, slowest, times[-1], usual)
 
     def turn(self, name: str) -> int:
         """The next number of a sequence that all ranks share: 0, 1, ...; each number goes to one rank."""
@@ -243,7 +247,8 @@ class Ranks:
             self._say(f"left/{self.rank}", "a signal")
             return error if cause is None else RankError(cause)
         if isinstance(error, Exception):
-            why = " ".join(str(error).split()) if isinstance(error, QuantkitError) else f"{error!r}, a fault of quantkit"
+            sentence = " ".join(str(error).split())
+            why = sentence if isinstance(error, QuantkitError) else f"{error!r} (a fault of quantkit)"
             trouble = {"rank": self.rank, "why": why[:2000], "host": socket.gethostname()}
             with suppress(RuntimeError):
                 self._store.compare_set("trouble", "", json.dumps(trouble))
@@ -324,8 +329,8 @@ def join() -> Ranks:
     if place.count == 1 or _joined:
         return current()
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
-        own = dist.PrefixStore(f"quantkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store.clone())
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=MEETING)))
+        own = PrefixStore(f"quantkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store.clone())
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=FOREVER)

@@ -372,7 +372,9 @@ class ShardWriter:
         if not self._waiting:
             return
         waiting, self._waiting, self._waiting_bytes, self._storages = self._waiting, {}, 0, set()
-        part = Part(f"{self.prefix}{len(self.parts):05d}.safetensors", tuple(waiting), sum(t.nbytes for t in waiting.values()))
+        part = Part(
+            f"{self.prefix}{len(self.parts):05d}.safetensors", tuple(waiting), sum(t.nbytes for t in waiting.values())
+        )
         with ThreadPoolExecutor(torch.get_num_threads()) as beside:  # hashing takes as long as writing does
             checksums = beside.map(checksum, waiting.values())
             write_tensors(self.folder / part.file, waiting)

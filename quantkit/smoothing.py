@@ -29,6 +29,8 @@ from torch import nn
 from quantkit.discovery import Edit, Group, apply_group, channel_absmax
 from quantkit.modules import quantize_linear
 from quantkit.outcome import GroupReport
+from quantkit.ranks import Ranks
+from quantkit.reducing import Turn, absmaxima, sample, total
 from quantkit.scheme import Scheme
 from quantkit.watching import Latest
 
@@ -55,6 +57,7 @@ class Inputs:
     absmax: dict[tuple[str, int | None], ChannelAbsmax] = field(default_factory=dict)
     rows: dict[tuple[str, int | None], Reservoir] = field(default_factory=dict)
     tokens: dict[tuple[str, int | None], int] = field(default_factory=dict)
+    turn: Turn | None = None
     _latest: Latest[ChannelAbsmax] = field(default_factory=lambda: Latest(_absmax_of), repr=False)
 
     def see(self, name: str, expert: int | None, x: torch.Tensor) -> None:
@@ -70,8 +73,20 @@ class Inputs:
                 self.rows[key] = Reservoir(ROWS, generator)
         self.absmax[key].merge(self._latest(flat))
         if self.keep_rows:
+            if self.turn is not None:
+                self.turn.begin(self.rows[key], len(flat), self.seed, expert is not None)
             self.rows[key].update(flat)
         self.tokens[key] = self.tokens.get(key, 0) + flat.shape[0]
+
+    def reduce(self, ranks: Ranks, device: torch.device) -> None:
+        """Take in what the other ranks have seen."""
+        if ranks.is_alone:
+            return
+        self.absmax, self.tokens = absmaxima(self.absmax, ranks, device), total(self.tokens, ranks)
+        for key in self.absmax if self.keep_rows else ():
+            if key not in self.rows:
+                self.rows[key] = Reservoir(ROWS, torch.Generator().manual_seed(self.seed))
+            sample(self.rows[key], ranks, device)
 
     def largest(self, name: str) -> torch.Tensor | None:
         """The largest magnitudes [K] that met a parameter, over all its experts; None when nothing did."""
@@ -80,7 +95,8 @@ class Inputs:
 
     def samples(self, name: str) -> list[tuple[int | None, torch.Tensor]]:
         """Kept tokens [R, K] of a parameter by expert, those of most tokens first."""
-        keys = sorted((key for key in self.rows if key[0] == name), key=lambda key: -self.tokens[key])
+        own = (key for key in self.rows if key[0] == name)
+        keys = sorted(own, key=lambda key: (-self.tokens[key], -1 if key[1] is None else key[1]))
         return [(expert, self.rows[name, expert].result()) for _, expert in keys[:SEARCH_EXPERTS]]
 
 

@@ -15,7 +15,9 @@ from quantkit_calibration.observers import ChannelNorm, Gram, Reservoir
 
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.outcome import PrunedReport
+from quantkit.ranks import Ranks
 from quantkit.recipe import Step
+from quantkit.reducing import Turn, sample, total
 from quantkit.sparsity import Pattern, pattern_of
 from quantkit.watching import Latest
 
@@ -40,6 +42,21 @@ class Stream:
             if statistic is not None:
                 statistic.update(x)
 
+    @property
+    def width(self) -> int:
+        """K."""
+        statistic = self.gram if self.gram is not None else self.norm
+        assert statistic is not None
+        return len(statistic.result())
+
+    def reduce(self, width: int, ranks: Ranks, device: torch.device) -> None:
+        """Take in what the other ranks have seen."""
+        for sums in (self.gram, self.norm):
+            if sums is not None:
+                ranks.sum(sums.sums(width, device))
+        if self.sample is not None:
+            sample(self.sample, ranks, device)
+
     def copy(self) -> "Stream":
         """The same, to go on by itself."""
         made = Stream(None if self.gram is None else Gram(), None if self.norm is None else ChannelNorm())
@@ -63,9 +80,11 @@ class Streams:
     criterion: str
     seed: int
     tokens: dict[Key, int] = field(default_factory=dict)
+    turn: Turn | None = None
     _found: dict[Key, Stream] = field(default_factory=dict)
     _met: list[tuple[torch.Tensor, set[Key]]] = field(default_factory=list)
     _latest: Latest[set[Key]] | None = None
+    _turn: Turn | None = None
 
     def see(self, name: str, expert: int | None, x: torch.Tensor) -> None:
         """Take activations [..., K] into the statistics."""
@@ -80,6 +99,7 @@ class Streams:
     def _next(self, x: torch.Tensor) -> set[Key]:
         """Who meets these activations: to be filled until others come."""
         self._settle()
+        self._turn = self.turn  # what is settled next is of this one
         self._met.append((x.detach().clone(), set()))
         return self._met[0][1]
 
@@ -94,6 +114,8 @@ class Streams:
                     continue
                 shared = any(other is known and key not in keys for key, other in self._found.items())
                 stream = self._made() if known is None else known.copy() if shared else known
+                if stream.sample is not None and self._turn is not None:
+                    self._turn.begin(stream.sample, len(x), self.seed, any(key[1] is not None for key in members))
                 stream.update(x)
                 self._found |= dict.fromkeys(members, stream)
 
@@ -101,6 +123,27 @@ class Streams:
         if self.criterion == "sparsegpt":
             return Stream(Gram())
         return Stream(None, ChannelNorm(), Reservoir(ROWS, torch.Generator().manual_seed(self.seed)))
+
+    def reduce(self, ranks: Ranks, device: torch.device) -> None:
+        """Take in what the other ranks have seen: weights that met the same activations in each share statistics."""
+        self._settle()
+        if ranks.is_alone:
+            return
+        numbers: dict[int, int] = {}
+        own = {key: numbers.setdefault(id(stream), len(numbers)) for key, stream in self._found.items()}
+        every = ranks.gather({key: (number, self._found[key].width) for key, number in own.items()})
+        widths = {key: width for each in every for key, (_, width) in each.items()}
+        groups: dict[tuple[int, ...], list[Key]] = {}
+        for key in sorted(widths, key=lambda key: (key[0], -1 if key[1] is None else key[1])):
+            groups.setdefault(tuple(each[key][0] if key in each else -1 for each in every), []).append(key)
+        before, used = dict(self._found), set[int]()
+        for keys in groups.values():
+            known = before.get(keys[0])
+            stream = self._made() if known is None else known.copy() if id(known) in used else known
+            used.add(id(known))
+            stream.reduce(widths[keys[0]], ranks, device)
+            self._found |= dict.fromkeys(keys, stream)
+        self.tokens = total(self.tokens, ranks)
 
     def take(self, name: str, expert: int | None) -> Stream | None:
         """The statistics of a weight, which are let go of here; None when it met nothing."""

@@ -36,6 +36,13 @@ class ChannelAbsmax:
         # Two reductions and no copy of x, which |x| would be.
         self._add(torch.maximum(x.amax(rows), -x.amin(rows)).float() if rows else x.abs().float())
 
+    @classmethod
+    def of(cls, absmax: Tensor) -> "ChannelAbsmax":
+        """One that was given a stream with these largest magnitudes, float32 [K]."""
+        made = cls()
+        made._add(absmax)
+        return made
+
     def merge(self, other: "ChannelAbsmax") -> None:
         """Take in all that another one was given. Raises ValueError for another K."""
         if other._absmax is None:
@@ -71,6 +78,12 @@ class ChannelNorm:
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
         self._squares = squares if self._squares is None else self._squares.add_(squares)
 
+    def sums(self, channels: int, device: torch.device) -> Tensor:
+        """float64 [K], the statistic's own memory: the sums of squares, 0 where no row was given."""
+        if self._squares is None:
+            self._squares = torch.zeros(channels, dtype=torch.float64, device=device)
+        return self._squares
+
     def result(self) -> Tensor:
         """float32 [K], NaN where a channel holds one. Raises ValueError when no row was given."""
         if self._squares is None:
@@ -95,6 +108,12 @@ class Gram:
         if rows.shape[1] != len(self._sum):
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., {len(self._sum)}]")
         self._sum.addmm_(rows.t(), rows)
+
+    def sums(self, channels: int, device: torch.device) -> Tensor:
+        """float32 [K, K], the statistic's own memory: 0 where no row was given."""
+        if self._sum is None:
+            self._sum = torch.zeros(channels, channels, device=device)
+        return self._sum
 
     def result(self) -> Tensor:
         """float32 [K, K], the statistic's own memory. Raises ValueError when no row was given."""
@@ -133,6 +152,9 @@ class Reservoir:
 
     Each row draws a number, and the rows with the R smallest stay (priority sampling): the sample depends on the
     generator and on how many rows came before, not on how the stream is cut.
+
+    A stream may be cut into parts that go to several samples, of which `choose` then makes the one of the whole: each
+    row has a place in the stream, and `go_on_at` says what the place of the next is.
     """
 
     def __init__(self, rows: int, generator: torch.Generator) -> None:
@@ -143,6 +165,8 @@ class Reservoir:
         self._generator = generator
         self._rows: Tensor | None = None
         self._keys = torch.empty(0, dtype=torch.float64)
+        self._places = torch.empty(0, dtype=torch.int64)
+        self._place = 0
         self.seen = 0
 
     def update(self, x: Tensor) -> None:
@@ -151,20 +175,67 @@ class Reservoir:
         if self._rows is not None and (rows.shape[1], rows.dtype) != (self._rows.shape[1], self._rows.dtype):
             raise ValueError(f"rows of {rows.shape[1]} {rows.dtype} after {self._rows.shape[1]} {self._rows.dtype}")
         self.seen += rows.shape[0]
+        places = torch.arange(self._place, self._place + rows.shape[0])
+        self._place += rows.shape[0]
         keys = torch.cat([self._keys, torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64)])
         # Stable, so that of equal numbers the earlier row stays; then back into the order of the stream.
         kept = keys.sort(stable=True).indices[: self._size].sort().values
         held = self._keys.shape[0]
-        self._keys = keys[kept]
+        self._keys, self._places = keys[kept], torch.cat([self._places, places])[kept]
         new = rows[(kept[kept >= held] - held).to(rows.device)]
         if self._rows is not None:
             new = torch.cat([self._rows[kept[kept < held].to(rows.device)], new])
         self._rows = new
 
+    def go_on_at(self, place: int, generator: torch.Generator | None = None) -> None:
+        """The next row is the one at this place of the stream, and draws its number from this generator from now on.
+
+        Without a generator the rows in between draw their numbers too, so that those after them draw what they would
+        have drawn; a place that is passed already changes nothing.
+        """
+        if generator is not None and (place > self._place or not self.seen):
+            self._generator, self._place = generator, place
+        while self._place < place:
+            count = min(place - self._place, 2**20)
+            torch.rand(count, generator=self._generator, dtype=torch.float64)
+            self._place += count
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """The numbers (float64) and places (int64) of the rows that are kept."""
+        return self._keys, self._places
+
+    def choose(self, drawn: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of what several samples have `drawn`, the numbers and places that the sample of the whole keeps, in order.
+
+        Then which of this one's rows are among them: [kept], the index of the row, or -1.
+        """
+        keys, places = (torch.cat([each[part] for each in drawn]) for part in (0, 1))
+        order = places.sort(stable=True).indices
+        keys, places = keys[order], places[order]
+        kept = keys.sort(stable=True).indices[: self._size].sort().values
+        keys, places = keys[kept], places[kept]
+        own = torch.full((len(kept),), -1)
+        for index, place in enumerate(self._places.tolist()):
+            own[places == place] = index
+        return keys, places, own
+
+    def rows(self, own: Tensor, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[kept, K]: this sample's rows by `choose`, and zeros where a row is another's."""
+        made = torch.zeros(len(own), channels, dtype=dtype, device=device)
+        if self._rows is not None:
+            there = (own >= 0).to(device)
+            made[there] = self._rows[own[own >= 0].to(self._rows.device)].to(device)
+        return made
+
+    def take(self, keys: Tensor, places: Tensor, rows: Tensor, seen: int) -> None:
+        """Hold these rows of a stream of which so many were seen."""
+        self._keys, self._places, self._rows, self.seen = keys, places, rows, seen
+
     def copy(self) -> "Reservoir":
         """Another sample of the same stream up to now, which goes on by itself."""
         made = Reservoir(self._size, self._generator.clone_state())
         made._rows, made._keys, made.seen = self._rows, self._keys, self.seen
+        made._places, made._place = self._places, self._place
         return made
 
     def result(self) -> Tensor:
@@ -218,6 +289,19 @@ class TensorRange:
         self._one_value_a_bin &= other._one_value_a_bin
         if other._counts is not None:
             self._counts = other._counts.clone() if self._counts is None else self._counts + other._counts
+
+    def parts(self) -> tuple[float | None, bool, Tensor | None]:
+        """The largest magnitude, whether each bin holds one value, and the histogram int64 [BINS], its own memory.
+
+        The first is None where no value was given; then the histogram is of zeros, if there is to be one.
+        """
+        if self._histogram and self._counts is None:
+            self._counts = torch.zeros(self.BINS, dtype=torch.int64)
+        return None if self._absmax is None else float(self._absmax), self._one_value_a_bin, self._counts
+
+    def take(self, absmax: float, one_value_a_bin: bool) -> None:
+        """Hold these; the histogram was changed where it lies."""
+        self._absmax, self._one_value_a_bin = torch.tensor(absmax), one_value_a_bin
 
     def result(self) -> float:
         """The largest magnitude; NaN if there is one. Raises ValueError when no value was given."""

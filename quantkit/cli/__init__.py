@@ -68,7 +68,9 @@ class Commands(click.Group):
         """The commands in the order of use."""
         return list(self.commands)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that is asked for; one that several processes can't share is refused in such a job."""
         found = super().resolve_command(ctx, args)
         place = launched()

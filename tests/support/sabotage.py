@@ -325,3 +325,15 @@ def hub(endpoint: str, home: str) -> None:
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = f"{home}/hub", f"{home}/token"
     constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
+
+
+def environment(values: dict[str, str]) -> None:
+    """The process has these variables, as if a launcher had set them."""
+    os.environ.update(values)
+
+
+def constant(module: str, name: str, value: Any) -> None:
+    """A module's constant has another value."""
+    import importlib
+
+    setattr(importlib.import_module(module), name, value)
