@@ -40,11 +40,16 @@ SILENT = 60.0
 STRAGGLES, NOTICED = 1.5, 10.0
 """A rank that takes so many times as long as the median, and so many seconds more, is named to the user."""
 
-LAST_WORDS = 4.0
+LAST_WORDS = 3.0
 """Seconds for which the first rank looks who ended the job, and why."""
 
 MEETING = 300.0
 """Seconds for which ranks wait for each other at the start."""
+
+SIGNAL = "a signal"
+"""What a rank says of itself that was told to end."""
+
+GONE = "the process that keeps the job together (rank 0, or what launched it) is gone"
 
 FOREVER = timedelta(days=30)
 """How long torch itself would wait for a rank: we look after them ourselves."""
@@ -180,7 +185,10 @@ class Ranks:
     def turn(self, name: str) -> int:
         """The next number of a sequence that all ranks share: 0, 1, ...; each number goes to one rank."""
         self.look()
-        return int(self._store.add(f"turn/{self._number}/{name}", 1)) - 1
+        try:
+            return int(self._store.add(f"turn/{self._number}/{name}", 1)) - 1
+        except RuntimeError as error:
+            raise RankError(self._cause() or GONE) from error
 
     # The end of others
 
@@ -221,7 +229,7 @@ class Ranks:
                         self._trouble = f"rank {rank} of {self.count} has given no sign of life for {SILENT:.0f} s"
             except RuntimeError:  # who keeps the store is gone: the first rank, or the launcher
                 if self._entered and self._trouble is None:
-                    self._trouble = "the process that keeps the job together is gone"
+                    self._trouble = GONE
                 return
             time.sleep(BEAT)
 
@@ -243,8 +251,8 @@ class Ranks:
             error.told = not self._speaks
             return error
         if isinstance(error, KeyboardInterrupt):  # or SIGTERM: the launcher's, which ends all when one has ended
-            cause = self._cause() if self.is_first else None
-            self._say(f"left/{self.rank}", "a signal")
+            cause = self._cause(signalled=True) if self.is_first else None
+            self._say(f"left/{self.rank}", SIGNAL)
             return error if cause is None else RankError(cause)
         if isinstance(error, Exception):
             sentence = " ".join(str(error).split())
@@ -257,26 +265,34 @@ class Ranks:
         self._say(f"left/{self.rank}", "an error")
         return error
 
-    def _cause(self) -> str | None:
-        """Which rank ended the job, and why; None where all were told to end."""
+    def _cause(self, signalled: bool = False) -> str | None:
+        """Which rank ended the job, and why; None where this one was `signalled` and so were the others."""
         until = time.monotonic() + LAST_WORDS
         others = [rank for rank in range(self.count) if rank != self.rank]
         try:
             beats = {rank: self._beat(rank) for rank in others}
-            while time.monotonic() < until:
+            left: dict[int, str] = {}
+            while len(left) < len(others) and time.monotonic() < until:
                 if self._store.check(["trouble"]):
                     return self._sentence(json.loads(self._store.get("trouble")))
-                silent = [rank for rank in others if not self._store.check([f"left/{rank}"])]
-                if not silent:
-                    return None
+                left |= {rank: self._left(rank) for rank in others if self._store.check([f"left/{rank}"])}
                 time.sleep(BEAT / 5)
-            silent = [rank for rank in silent if self._beat(rank) == beats[rank]]
+            silent = [rank for rank in others if rank not in left and self._beat(rank) == beats[rank]]
             who = ", ".join(self._named(rank) for rank in silent[:4])
-            self._speaks |= 0 in silent and self.rank == min(set(range(self.count)).difference(silent))
         except RuntimeError:  # the store went with the rank that kept it
-            return self._trouble or "the process that keeps the job together is gone"
-        verb = "rank" if len(silent) == 1 else "ranks"
-        return f"{verb} {who} of {self.count} ended without a word: killed, or out of memory" if silent else None
+            self._speaks |= self.rank == 1
+            return self._trouble or GONE
+        self._speaks |= 0 in silent and self.rank == min(set(range(self.count)).difference(silent))
+        if silent:
+            ranks = "rank" if len(silent) == 1 else "ranks"
+            return f"{ranks} {who} of {self.count} ended without a word (killed, or out of memory), and the job with it"
+        told = next((rank for rank, how in left.items() if how == SIGNAL), None)
+        if signalled or told is None:
+            return None
+        return f"rank {told} of {self.count} was ended by a signal, and the job with it"
+
+    def _left(self, rank: int) -> str:
+        return str(json.loads(self._store.get(f"left/{rank}")))
 
     def _beat(self, rank: int) -> str:
         return str(self._store.get(f"beat/{rank}")) if self._store.check([f"beat/{rank}"]) else ""

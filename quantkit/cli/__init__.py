@@ -1,6 +1,7 @@
 """The command line: one command a file. Nothing here imports torch; the commands do, inside their functions."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -91,6 +92,8 @@ class Commands(click.Group):
         log = logging.getLogger("quantkit")
         level = log.level
         show_messages()
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # or torch prints a stack for each store or socket that is gone
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
         before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
         try:
