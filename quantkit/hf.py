@@ -23,7 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit import activations, formats
+from quantkit import activations, formats, slicing
 from quantkit.checkpoint import output_head, tied_parameters
 from quantkit.conversion import Merged, Weight, find_merged
 from quantkit.errors import CheckpointError
@@ -77,6 +77,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts packed layers and experts into a model before its weights are loaded."""
 
     requires_calibration = True
+    is_cut = False
 
     def __init__(self, quantization_config: QuantkitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -93,7 +94,15 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         self.stored_names = {f"{name}.{leaf}" for name, layer in quantized_layers(model) for leaf in layer.stored}
         self.stored_names.update(name for name in tensors if name.rpartition(".")[2] in self.parsed.cache_scales)
         activations.apply(model, self.parsed.activations)
+        merged = {name.rpartition(".")[0] for name in self.conversions.buffers}
+        for name, layer in quantized_layers(model):
+            layer.is_merged = name in merged
         return model
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Have packed layers cut as the plan says, where a model is spread over several ranks."""
+        super().update_parallel_plan(model, plan)
+        slicing.plan_slices(model, plan)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """The model's own conversions, and ours around them."""
@@ -107,6 +116,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.is_cut = slicing.settle(model) > 0
         for name, layer in quantized_layers(model):
             for leaf, spec in layer.stored.items():
                 buffer = layer.get_buffer(leaf)
@@ -130,8 +140,8 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
-        """Whether save_pretrained works: yes, it writes what was loaded."""
-        return True
+        """Whether save_pretrained works: it writes what was loaded, if that is all of the model."""
+        return not self.is_cut
 
     @property
     def is_trainable(self) -> bool:

@@ -35,6 +35,7 @@ def load(
     *,
     keep_decoded: bool = False,
     attention: str = "auto",
+    tensor_parallel: bool = False,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
@@ -55,6 +56,8 @@ def load(
         attention: `auto` runs what transformers calls `sdpa` by quantkit's function on a CPU, faster and different by
             rounding (see `quantkit.attention`), where the model's code doesn't ask for that name; its config then
             says `quantkit`. `transformers` leaves all attention as transformers chose it.
+        tensor_parallel: spread it over all processes of the job that torchrun started, by the plan that transformers
+            has for the architecture; each reads its slice of every layer.
         revision: branch, tag or commit on the hub.
         token: access token for the hub.
         cache_dir: the hub's cache.
@@ -65,6 +68,7 @@ def load(
         QuantkitError: the device, dtype, backend or attention is unknown.
     """
     from transformers import AutoConfig
+    from transformers.distributed import DistributedConfig
 
     from quantkit.hf import QuantkitConfig
 
@@ -83,6 +87,9 @@ def load(
     if stored is not None and formats.of_config(stored, str(path)).parse(stored).cache_scales:
         log.warning("%s has scales for keys and values in FP8; the cache here has the model's dtype", path)
     build_skeleton(folder, hub, ShardReader(folder))  # which refuses sizes that the files cannot fill
+    parallel = {"distributed_config": DistributedConfig(tp_plan="auto")} if tensor_parallel else {}
+    if not parallel and place.type != "cpu":
+        parallel = {"device_map": {"": place}}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if stored is not None:
@@ -91,9 +98,9 @@ def load(
             folder,
             config=config,
             dtype=dtype or "auto",
-            device_map=None if place.type == "cpu" else {"": place},
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **parallel,
         )
     except QuantkitError:
         raise

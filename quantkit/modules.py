@@ -115,9 +115,11 @@ class QuantizedLinear(nn.Module):
 
     Attributes:
         keep_decoded: whether a decoded weight is kept on a CPU.
+        is_merged: whether its tensors are made of others while they are loaded.
     """
 
     keep_decoded = False
+    is_merged = False
 
     def __init__(
         self,
