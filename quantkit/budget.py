@@ -7,7 +7,8 @@ Bytes follow from shapes and dtypes. The time is a class (seconds, minutes, hour
   + with calibration: 2 operations x tokens x parameters of the blocks x passes, at the rate at which this machine
     multiplies float32 matrices
 
-Attention's products of activations, the tokenizer and a download come on top.
+Of several processes each runs its share of the tokens, and without calibration quantizes its share of the weights; all
+of them read and write on one disk. Attention's products of activations, the tokenizer and a download come on top.
 """
 
 import time
@@ -137,7 +138,13 @@ class Budget:
 
 
 def budget_of(
-    source: Source, plan: Plan, recipe: Recipe, tokens: int, memory: Footprint, output: str | Path | None = None
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    tokens: int,
+    memory: Footprint,
+    output: str | Path | None = None,
+    ranks: int = 1,
 ) -> Budget:
     """What a run takes.
 
@@ -148,11 +155,12 @@ def budget_of(
         tokens: of calibration; they count when the recipe observes any.
         memory: what it takes of that.
         output: where the result is to be written.
+        ranks: how many processes share the work.
     """
     before, after = dtype_bytes(source, plan)
     folder, free = (None, None) if output is None else free_space(Path(output).expanduser())
-    disk = Disk(disk_bytes(source, plan) + memory.spilled_bytes, None if folder is None else str(folder), free)
-    return Budget(before, after, disk, time_class(source, plan, recipe, tokens), memory)
+    disk = Disk(disk_bytes(source, plan) + ranks * memory.spilled_bytes, None if folder is None else str(folder), free)
+    return Budget(before, after, disk, time_class(source, plan, recipe, tokens, ranks=ranks), memory)
 
 
 def dtype_bytes(source: Source, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
@@ -185,7 +193,12 @@ def disk_bytes(source: Source, plan: Plan) -> int:
 
 
 def time_class(
-    source: Source, plan: Plan, recipe: Recipe, tokens: int, measure: Callable[[Scheme | None], Rates] | None = None
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    tokens: int,
+    measure: Callable[[Scheme | None], Rates] | None = None,
+    ranks: int = 1,
 ) -> Time:
     """How long a run takes, by the formula that this module begins with.
 
@@ -195,7 +208,9 @@ def time_class(
         recipe: by what.
         tokens: of calibration.
         measure: gives the rates of the machine; by default they are measured.
+        ranks: how many processes share the work; the time is that of the slowest.
     """
+    tokens = -(-tokens // ranks)
     rates = (measure or rates_of_this_machine)(recipe.scheme)
     moved = source.weights.nbytes + 2 * plan.output_bytes
     weights = sum(t.out_features * t.in_features * (t.experts or 1) for t in plan.targets.values())
@@ -206,16 +221,19 @@ def time_class(
         searched = len(ALPHAS) * 2 * ROWS if _searches(recipe) else 0
         operations = 2 * parameters * (tokens * products + searched)
         seconds += operations / rates.operations
-        weights += len(ALPHAS) * weights if searched else 0
+        weights += len(ALPHAS) * weights if searched else 0  # every rank does it
         searching = f" + {searched:,} in the search" if searched else ""
         parts.append(
             f"2 x {parameters:,} parameters x ({tokens:,} tokens x {products} passes{searching}) at "
             f"{rates.operations:.1e} a second"
         )
+    else:
+        weights = -(-weights // ranks)
     if weights:
         seconds += weights / rates.weights
         parts.insert(1, f"{weights:,} weights at {rates.weights:.1e} a second")
     assumption = "the disk's rate is assumed" + (", the CPU's just measured" if len(parts) > 1 else "")
+    assumption += f"; each of {ranks} processes" if ranks > 1 else ""
     kind = next((name for name, limit in CLASSES if seconds < limit), "days")
     return Time(kind, seconds, " + ".join(parts), assumption)
 

@@ -32,7 +32,7 @@ from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.observation import Observation
 from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
-from quantkit.ranks import RankError, Ranks, current
+from quantkit.ranks import current
 from quantkit.recipe import Recipe
 from quantkit.shards import checksum
 from quantkit.smoothing import Inputs, Proof, Smoother, fold_in
@@ -78,7 +78,7 @@ def compress_calibrated(
     # The first window is a batch by itself: folds are proven on it, one run of the block for each.
     parts = [windows[:1], *torch.split(windows[1:], batching.windows)] if len(windows) > 1 else [windows]
     work.windows = [len(part) for part in parts]
-    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in _share(work.ranks, parts)]
+    batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in work.ranks.share(parts)]
     idle = plan.findings.idle
     numbers = [i for i in range(plan.findings.count) if i not in idle]
     blocks = [work.model.get_submodule(work.name(i)) for i in numbers]
@@ -116,20 +116,6 @@ def compress_calibrated(
             raise CheckpointError(f"{source.name} cannot be calibrated block by block: {error}") from error
         except SpillError as error:
             raise write_error(error, journal.folder) from error
-
-
-def _share(ranks: Ranks, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """This rank's batches of windows.
-
-    Raises:
-        RankError: there are more ranks than batches.
-    """
-    if len(parts) < ranks.count:
-        raise RankError(
-            f"{sum(map(len, parts))} calibration windows make {len(parts)} batches, and there are {ranks.count} "
-            "processes: give more --samples, or fewer processes"
-        )
-    return ranks.share(parts)
 
 
 class _Work:

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, RecipeError
 from quantkit.footprint import Batching
 from quantkit.journal import Journal
 from quantkit.ranks import RankError, Ranks
@@ -22,6 +22,18 @@ def same_work(ranks: Ranks, known: dict[str, Any]) -> None:
     model = known["model"]
     files = {name: (size, header) for name, (size, _, header) in model.get("files", {}).items()}
     ranks.agree("model", [model["config"], files or model.get("tensors")])
+
+
+def refuse_idle(ranks: Ranks, windows: int, batching: Batching | None) -> None:
+    """Return nothing; raise RecipeError where there are more ranks than batches of so many windows."""
+    if batching is None:
+        return
+    batches = 1 + -(-(windows - 1) // batching.windows)
+    if batches < ranks.count:
+        raise RecipeError(
+            f"{windows} calibration windows make {batches} batches, and there are {ranks.count} processes: give more "
+            "--samples, or fewer processes"
+        )
 
 
 def lead(ranks: Ranks, journal: Journal, batching: Batching | None, recipe: Recipe) -> None:

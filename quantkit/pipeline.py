@@ -23,7 +23,7 @@ from quantkit.dequantization import dequantized
 from quantkit.devices import pick_device
 from quantkit.durable import write_error, write_json, write_text
 from quantkit.errors import DataError, QuantkitError, RecipeError
-from quantkit.following import ended, follow, lead, same_work
+from quantkit.following import ended, follow, lead, refuse_idle, same_work
 from quantkit.footprint import Batching, footprint
 from quantkit.headers import NoPartsError
 from quantkit.identity import identity, refuse_changed
@@ -161,7 +161,7 @@ def quantize(
     memory = footprint(
         source, plan, made, shape, place, allowed, ranks=ranks.count
     )  # refused before anything is read or fetched
-    refuse_full_disk(target, disk_bytes(source, plan) + memory.spilled_bytes)
+    refuse_full_disk(target, disk_bytes(source, plan) + ranks.count * memory.spilled_bytes)
     if not source.whole:  # what can be found out before a download is; the plan of what came is made anew
         source = open_source(model, hub, tokenizer, dequantize=dequantize)
         plan = make_plan(source, made, format)
@@ -175,6 +175,7 @@ def quantize(
     known = fingerprint(source, made, plan, limit, place)
     shape = (0, 0) if windows is None else (len(windows), windows.shape[1])
     foreseen = footprint(source, plan, made, shape, place, allowed, ranks=ranks.count)
+    refuse_idle(ranks, shape[0], foreseen.batching)
     same_work(ranks, known)
     if not ranks.is_first:
         compress(plan, made, source, *follow(ranks), place, windows, progress)
@@ -273,18 +274,20 @@ def foresee(
     seq_len: int | None = None,
     device: str = "cpu",
     max_memory: str | int | None = None,
+    ranks: int = 1,
     **arguments: Any,
 ) -> tuple[Plan, Recipe, Budget]:
     """What `quantize` would do, the recipe, and what it takes; other arguments are those of `planned`.
 
-    The `device` (`cpu` or `cuda`) need not be there.
+    The `device` (`cpu` or `cuda`) need not be there, and nor do the `ranks` that would share the work: memory and time
+    are those of each.
     """
     target = None if output is None else refuse_existing(output)
     allowed = None if max_memory is None else parse_size(max_memory)
     source, plan, recipe = planned(model, **arguments)
     length = calibration_length(source, recipe, seq_len)
-    memory = footprint(source, plan, recipe, (samples, length), torch.device(device), allowed)
-    return plan, recipe, budget_of(source, plan, recipe, samples * length, memory, target)
+    memory = footprint(source, plan, recipe, (samples, length), torch.device(device), allowed, ranks=ranks)
+    return plan, recipe, budget_of(source, plan, recipe, samples * length, memory, target, ranks)
 
 
 def calibration_length(source: Source, recipe: Recipe, seq_len: int | None) -> int:

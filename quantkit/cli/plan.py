@@ -21,6 +21,14 @@ from quantkit.cli.options import CONTEXT, hub_options, json_option, max_memory_o
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where it would be done."
 )
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes that would share it; memory and time are those of each.",
+)
 @max_memory_option
 @click.option("--explain", is_flag=True, help="Say what the data flow showed, group by group.")
 @hub_options

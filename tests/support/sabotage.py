@@ -337,3 +337,24 @@ def constant(module: str, name: str, value: Any) -> None:
     import importlib
 
     setattr(importlib.import_module(module), name, value)
+
+
+def instead(module: str, name: str, arguments: dict[str, Any]) -> None:
+    """The process runs this function and no command."""
+    import importlib
+
+    getattr(importlib.import_module(module), name)(**arguments)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def slow(module: str, name: str, seconds: float) -> None:
+    """A function takes so long more."""
+    owner = sys.modules[module]
+    call = getattr(owner, name)
+
+    def delayed(*words: Any, **more: Any) -> Any:
+        time.sleep(seconds)
+        return call(*words, **more)
+
+    setattr(owner, name, delayed)
