@@ -21,6 +21,8 @@ from quantkit.cli import (
     plan,
     push,
     quantize,
+    recover,
+    sparsity,
 )
 from quantkit.cli.options import CONTEXT, MESSAGES, show_messages
 from quantkit.errors import QuantkitError
@@ -99,5 +101,8 @@ def main() -> None:
     """
 
 
-for module in (quantize, plan, evaluate, inspect, generate, bench, bench_kernels, convert, push, methods, demo):
+for module in (
+    *(quantize, recover, plan, evaluate, inspect, sparsity, generate, bench),
+    *(bench_kernels, convert, push, methods, demo),
+):
     main.add_command(module.command)
