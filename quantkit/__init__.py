@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import quantize
     from quantkit.publishing import push
     from quantkit.recipe import Recipe
+    from quantkit.recovery import recover
     from quantkit.report import Report
     from quantkit.transcoding import convert
 
@@ -32,10 +33,11 @@ _HOME = {
     "evaluate": "quantkit.evaluation",
     "load": "quantkit.loading",
     "push": "quantkit.publishing",
-    "quantize": "quantkit.pipeline",
+    "quantize": "quantkit.staging",
+    "recover": "quantkit.recovery",
 }
 
-__all__ = ["Recipe", "Report", "__version__", "benchmark", "convert", "evaluate", "load", "push", "quantize"]
+__all__ = ["Recipe", "Report", "__version__", "benchmark", "convert", "evaluate", "load", "push", "quantize", "recover"]
 
 
 def __getattr__(name: str) -> Any:

@@ -213,7 +213,8 @@ def time_class(
     tokens = -(-tokens // ranks)
     rates = (measure or rates_of_this_machine)(recipe.scheme)
     moved = source.weights.nbytes + 2 * plan.output_bytes
-    weights = sum(t.out_features * t.in_features * (t.experts or 1) for t in plan.targets.values())
+    coded = [target for target in plan.targets.values() if not target.scheme.is_float]
+    weights = sum(t.out_features * t.in_features * (t.experts or 1) for t in coded)
     seconds = moved / BYTES_RATE
     parts = [f"{moved:,} bytes at {BYTES_RATE:.1e} a second"]
     if recipe.observes:
@@ -241,13 +242,15 @@ def time_class(
 def passes(recipe: Recipe) -> int:
     """How often the calibration windows run through a block: once to observe for each step, once compressed.
 
-    The sums of products that SparseGPT needs count as another.
+    The sums of products that SparseGPT needs count as another, and zeros are counted before and after activations are
+    changed.
     """
     scheme = recipe.scheme
     stored = scheme is not None and (scheme.is_static, scheme.outlier_columns is not None).count(True)
     transforms = [step for step in recipe.transforms if method_class(step.name)().observes(step.parameters)]
     sums = recipe.pruning is not None and recipe.pruning.parameters["criterion"] == "sparsegpt"
-    return len(transforms) + int(sums) + int(stored) + 1
+    zeros = 2 if recipe.rectifying is not None or recipe.thresholding is not None else 0
+    return len(transforms) + int(sums) + int(stored) + zeros + 1
 
 
 def block_parameters(source: Source, plan: Plan) -> int:

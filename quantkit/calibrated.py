@@ -1,10 +1,10 @@
 """Compression with calibration data: block by block, each fed with what the compressed blocks before it give.
 
 For every block: its weights are read in float32; the calibration windows run through it and what meets its weights is
-observed; smoothing groups are folded and proven, weights are pruned, in the order of the recipe; static ranges are
-observed on the block as it is then; its tensors are quantized and written; the quantized layers take the place of the
-float ones, and the windows run through again to make the next block's inputs. One block's weights, its statistics and
-the windows' hidden states are all that is in memory.
+observed; smoothing groups are folded and proven, weights are pruned, activations changed, in the order of the recipe;
+static ranges are observed on the block as it is then; its tensors are quantized and written; the quantized layers take
+the place of the float ones, and the windows run through again to make the next block's inputs. One block's weights, its
+statistics and the windows' hidden states are all that is in memory.
 """
 
 import time
@@ -18,6 +18,7 @@ from quantkit_calibration.sequential import Calls, OrderError, run_blocks
 from quantkit_calibration.spilling import Spill, SpillError
 from torch import nn
 
+from quantkit.activations import carry_over
 from quantkit.candidates import Candidate
 from quantkit.checkpoint import Source, empty_copy, use_plain_implementations
 from quantkit.compression import Worked, compress_stage
@@ -28,12 +29,14 @@ from quantkit.exploration import outermost_lists, without_cache
 from quantkit.footprint import Batching
 from quantkit.journal import Journal
 from quantkit.memory import Excess
+from quantkit.methods.relu import share_of
 from quantkit.modules import QuantizedLinear, quantize_linear
 from quantkit.observation import Observation
 from quantkit.outcome import GroupReport, Outcome
 from quantkit.planning import Plan
 from quantkit.ranks import current
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, Step
+from quantkit.rectifying import Rectifier, restore
 from quantkit.shards import checksum
 from quantkit.smoothing import Inputs, Proof, Smoother, fold_in
 from quantkit.sparsifying import Pruner, Pruning, Streams
@@ -74,10 +77,10 @@ def compress_calibrated(
         CheckpointError: the model doesn't run block by block, or the disk has no room for hidden states.
     """
     forget_embeddings: Callable[[], None]
-    work = _Work(plan, recipe, source, journal, device, batching.excess)
+    work = _Work(plan, recipe, source, journal, device, batching.excess, (len(windows), windows.shape[1]))
     # The first window is a batch by itself: folds are proven on it, one run of the block for each.
     parts = [windows[:1], *torch.split(windows[1:], batching.windows)] if len(windows) > 1 else [windows]
-    work.windows = [len(part) for part in parts]
+    work.batches = [len(part) for part in parts]
     batches = [{"input_ids": part.to(device), **without_cache(work.model)} for part in work.ranks.share(parts)]
     idle = plan.findings.idle
     numbers = [i for i in range(plan.findings.count) if i not in idle]
@@ -122,11 +125,19 @@ class _Work:
     """The state of one calibrated compression: a lazy model, and what has been found."""
 
     def __init__(
-        self, plan: Plan, recipe: Recipe, source: Source, journal: Journal, device: torch.device, excess: int
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        source: Source,
+        journal: Journal,
+        device: torch.device,
+        excess: int,
+        windows: tuple[int, int],
     ) -> None:
         self.plan, self.recipe, self.source, self.device = plan, recipe, source, device
         self.journal, self.writer = journal, journal.writer
-        self.scheme = recipe.scheme
+        self.scheme, self.windows = recipe.scheme, windows
+        self._schemes = {target.module: target.scheme for target in plan.targets.values()}
         self.model = empty_copy(source.skeleton, buffers=True).float()
         use_plain_implementations(self.model, attention=False)
         parts = plan.findings.blocks.split(".")
@@ -139,7 +150,7 @@ class _Work:
         self.looped = len(plan.findings.order) > len(set(plan.findings.order))
         self.done = Outcome()
         self.excess = Excess(excess)
-        self.ranks, self.windows = current(), list[int]()
+        self.ranks, self.batches = current(), list[int]()
         self._since = (time.monotonic(), self.ranks.waited)
         self._scales: dict[str, torch.Tensor] = {}
         self._undo: dict[int, list[Callable[[], None]]] = {}
@@ -186,8 +197,13 @@ class _Work:
         """Observe, smooth, compress and write a block, and record it; the tensors written for its layers."""
         name, worked = self.name(index), Worked()
         state: dict[str, torch.Tensor] = {}
-        self.done, seen = Outcome(), Observation(name, block, calls, self.excess, self.windows)
+        self.done, seen = Outcome(), Observation(name, block, calls, self.excess, self.batches)
+        rectifier = self._rectifier(index, seen)
         for number, step in enumerate(self.recipe.transforms):
+            if rectifier is not None and step in (self.recipe.rectifying, self.recipe.thresholding):
+                with self.journal.step(name, step.name):
+                    _change(rectifier, step, step is self.recipe.rectifying)
+                continue
             if step is self.plan.pruning:
                 with self.journal.step(name, step.name):
                     self._prune(index, seen, axes, Pruning.of(step), worked)
@@ -196,6 +212,9 @@ class _Work:
             with self.journal.step(name, step.name):
                 folded = self._smooth(index, seen, axes, alpha, worked)
             state |= {f"{FOLD}{number}.{position}": scale for position, scale in folded.items()}
+        if rectifier is not None:
+            self.done.activations, self.done.sparsity = rectifier.changes, rectifier.reports()
+            self.done.notes += rectifier.notes
         if self.scheme is not None and self.scheme.is_static and axes:
             with self.journal.step(name, "static scales"):
                 worked.input_scales = self._scales = seen.static_scales(axes, self.scheme)
@@ -224,7 +243,8 @@ class _Work:
     def _replay(self, index: int, block: nn.Module, calls: Calls, axes: dict[str, int]) -> Kept:
         """Make a block again that a run which was stopped had finished: as `_calibrate` leaves it, nothing observed."""
         name, structure = self.name(index), self.plan.findings.structures.get(index)
-        state = self.journal.state(name)
+        state, done = self.journal.state(name), self.journal.finished(name)
+        restore(block, name, done.activations if done is not None else ())
         for number in range(len(self.recipe.transforms)):
             changed: set[str] = set()
             for position, group in enumerate(structure.groups if structure is not None else ()):
@@ -235,7 +255,6 @@ class _Work:
         self._take_pruned(index, block, state, axes)
         self._scales = {key.removeprefix(SCALE): value for key, value in state.items() if key.startswith(SCALE)}
         stage, layout = self.stages.get(name), self.plan.layout
-        done = self.journal.finished(name)
         targets = {key: self.plan.targets[key] for key in (stage.keys if stage else ()) if key in self.plan.targets}
         found = counted(targets, done.layers if done is not None else ()).values()
         return {
@@ -275,7 +294,7 @@ class _Work:
         inputs = Inputs(keep_rows=alpha is None, seed=self.recipe.seed)
         # With nothing to be quantized smoothing speaks for a quantizer that comes later: all that can be folded is.
         consumers = {edit.parameter: edit.axis for group in structure.groups for edit in group.consumers}
-        fed = {path: axis for path, axis in consumers.items() if path in axes or not self.plan.targets}
+        fed = {path: axis for path, axis in consumers.items() if path in axes or self.scheme is None}
         if not fed:
             return {}
         stored = {self.source.weights.tensors[key].dtype for path in fed for key in self._sources[f"{name}.{path}"]}
@@ -292,6 +311,22 @@ class _Work:
             worked.changed[path] = self.model.get_parameter(path).detach()
         places = {id(group): position for position, group in enumerate(structure.groups)}
         return {places[id(group)]: scale for group, scale in smoother.folded}
+
+    def _rectifier(self, index: int, seen: Observation) -> Rectifier | None:
+        """What changes a block's activations, having seen how much is zero before; None where nothing is changed."""
+        structure = self.plan.findings.structures.get(index)
+        if self.plan.activating is None or structure is None:
+            return None
+        quantized = {layer.parameter for layer in self.plan.quantized}
+
+        def bits(name: str) -> float:
+            if name in quantized and self.scheme is not None:
+                return self.scheme.bits
+            return 8.0 * self.source.weights.tensors[self._sources[name][0]].dtype.itemsize
+
+        with self.journal.step(seen.name, "zeros before"):
+            here = self.plan.activating.within(seen.name)
+            return Rectifier(seen, here, structure.linears, self.windows, bits)
 
     def _layers(self, index: int) -> list[Candidate]:
         """The layers of a block that are pruned."""
@@ -334,8 +369,17 @@ class _Work:
         quantized = {f"{name}.{path}" for path in axes}
         paths = [layer.parameter for layer in self._layers(index) if layer.parameter not in quantized]
         keys = {key: None for path in paths for key in self._sources[path]}
-        made = self.plan.names.parameters(keys, lambda key: self.writer.read(self.plan.renamed.get(key, key)))
+        made = self.plan.names.parameters(keys, self._written)
         self.lazy.fill(name, block, values | {path: made[path] for path in paths})
+
+    def _written(self, key: str) -> torch.Tensor:
+        """The float tensor of a key that was written: as it is, or packed without its zeros."""
+        target, layout = self.plan.targets.get(key), self.plan.layout
+        if target is None or layout is None:
+            return self.writer.read(self.plan.renamed.get(key, key))
+        stored = {full.removeprefix(target.prefix): self.writer.read(full) for full in tensor_specs(target, layout)}
+        weight: torch.Tensor = layout.decompress(target.scheme, stored, target.in_features)[0]
+        return weight.t() if target.transposed else weight
 
     def _settle(self, name: str, block: nn.Module, changed: Collection[str], axes: Collection[str]) -> list[str]:
         """The names of all parameters that are written anew; those that stay in float become what is written."""
@@ -391,7 +435,7 @@ class _Work:
         self, module: nn.Module, weight: torch.Tensor, layer: Candidate, written: dict[str, torch.Tensor] | None
     ) -> QuantizedLinear:
         """The quantized layer of a module, with the tensors that were written for it (or made as they were)."""
-        layout, scheme = self.plan.layout, self.scheme
+        layout, scheme = self.plan.layout, self.scheme if written is None else self._schemes[layer.name]
         assert layout is not None
         assert scheme is not None
         bias = getattr(module, "bias", None)
@@ -413,7 +457,16 @@ class _Work:
             made._buffers[name] = value
         if bias is not None:
             made.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        carry_over(module, made)
         return made.eval()
+
+
+def _change(rectifier: Rectifier, step: Step, rectifies: bool) -> None:
+    """Carry out a step that changes activations."""
+    if rectifies:
+        rectifier.rectify(share_of(step.parameters))
+    else:
+        rectifier.limit(float(step.parameters["target"]))
 
 
 def _put_back(module: nn.Module, leaf: str, weight: nn.Parameter) -> None:

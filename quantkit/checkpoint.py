@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from quantkit.activations import apply, remember, remembered, taken_out
 from quantkit.building import bounded
 from quantkit.errors import CheckpointError
 from quantkit.headers import find, weights_of
@@ -189,10 +190,11 @@ def _source(
     name: str, folder: Path, hub: Hub, dequantize: Dequantize | None, open_weights: Callable[[], Tensors]
 ) -> Source:
     """The source of a folder that holds a config, and weights from wherever they are opened."""
-    config = read_config(folder)
+    config, recorded = taken_out(read_config(folder))
     refuse_unfit(config, name, hub, compressed=dequantize is not None)
     weights = open_weights()
     skeleton = build_skeleton(folder, hub, weights)
+    remember(skeleton, recorded)
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not _matches(path.name, NOT_COPIED)]
     copied_bytes = sum(path.stat().st_size for path in files)
     source = Source(name, folder, config, skeleton, weights, files=files, copied_bytes=copied_bytes)
@@ -407,6 +409,8 @@ def empty_copy(model: nn.Module, *, buffers: bool = False) -> nn.Module:
         made: nn.Module = type(model)(copy.deepcopy(model.config))
     if buffers:
         made.tie_weights()  # type: ignore[operator]
+    apply(made, remembered(model))
+    remember(made, remembered(model))
     return made.eval()
 
 

@@ -203,7 +203,8 @@ def compress_linear(
     else:
         tensors = layout.compress(scheme, codes, scale, input_scale=stored, transposed=target.transposed, **outliers)
     floats = None if columns is None else (columns, tensors["outlier_weight"])
-    norm, lost = _norms(weight, codes, scale, scheme.weight_granularity, floats)
+    exact = scheme.is_float  # but for the rounding to the dtype that the weight has on disk
+    norm, lost = (1.0, 0.0) if exact else _norms(weight, codes, scale, scheme.weight_granularity, floats)
     bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / weight.numel()
     shape = (target.out_features, target.in_features)
     error, kept = lost / norm if norm else 0.0, None if columns is None else len(columns)

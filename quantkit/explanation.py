@@ -1,9 +1,12 @@
 """A plan in words: what would happen to every tensor and why, and with detail what discovery saw, group by group."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from quantkit import spared
+from quantkit.activating import THRESHOLD
 from quantkit.discovery import Group, Structure
 from quantkit.planning import Plan
 from quantkit.recipe import Recipe
@@ -30,6 +33,8 @@ def plan_to_dict(plan: Plan, recipe: Recipe, model: str) -> dict[str, Any]:
         ],
         "left_alone": [{"module": m.module, "shape": list(m.shape), "reason": m.reason} for m in plan.left],
         "pruned": [layer.name for layer in plan.pruned],
+        "activations": [] if plan.activating is None else [asdict(place) for place in plan.activating.places],
+        "thresholds": [] if plan.activating is None else [layer.name for layer in plan.activating.inputs],
         "copied_unused": list(plan.unused),
         "blocks": findings.blocks,
         "groups": [
@@ -49,9 +54,7 @@ def plan_to_dict(plan: Plan, recipe: Recipe, model: str) -> dict[str, Any]:
 
 def _servers(plan: Plan, recipe: Recipe, model: str) -> list[Verdict]:
     """What servers would do with the result, as far as format and scheme say it."""
-    stored = None
-    if plan.layout is not None and recipe.scheme is not None:
-        stored = plan.layout.config(recipe.scheme, [each.name for each in plan.quantized], plan.ignored)
+    stored = plan.quantization_config()
     return of_recipe(stored, {}, model, experts=any(each.experts for each in plan.quantized))
 
 
@@ -74,10 +77,16 @@ def plan_to_text(plan: Plan, recipe: Recipe, model: str, *, explain: bool, more:
     counts: dict[str, int] = {}
     for target in plan.targets.values():
         counts[target.scheme.label] = counts.get(target.scheme.label, 0) + (target.experts or 1)
-    lines += [f"  quantized  {count} linear layers: {label}" for label, count in counts.items()]
+    kind = "packed" if recipe.scheme is None else "quantized"
+    lines += [f"  {kind:<10} {count} linear layers: {label}" for label, count in counts.items()]
     if plan.pruning is not None:
         how = plan.pruning.parameters
         lines.append(f"  pruned     {len(plan.pruned)} linear layers to {how['pattern']} by {how['criterion']}")
+    if plan.activating is not None:
+        counts = Counter(place.kind for place in plan.activating.places)
+        counts.update({THRESHOLD: len(plan.activating.inputs)} if plan.activating.inputs else {})
+        told = (spared.counted(kind, count) for kind, count in counts.items())
+        lines.append(f"  changed    {', '.join(told)}")
     lines.append(f"  size       {plan.output_bytes:,} bytes of tensors")
     for reason, names in _by_reason((left.module, left.reason) for left in plan.left).items():
         lines.append(f"  left alone {_shortened(names)}: {reason}")
@@ -116,6 +125,9 @@ def _structure_lines(structure: Structure) -> list[str]:
         kind = "experts" if use.expert_axis is not None else use.role
         lines.append(f"{kind} {use.parameter}{': ' + use.reason if use.reason else ''}")
     lines += [f"other {name}: {what}" for name, what in sorted(structure.others.items())]
+    lines += [f"activation {each.module} -> {', '.join(each.feeds)}" for each in structure.activations]
+    lines += [f"norm {each.module} -> {', '.join(each.feeds)}" for each in structure.norms]
+    lines += [f"no relu at {name}: {why}" for name, why in sorted(structure.unchanged.items())]
     return lines
 
 

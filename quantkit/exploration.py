@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from quantkit.checkpoint import empty_copy, output_head, tied_parameters, use_plain_implementations
-from quantkit.discovery import UNUSED, Refusal, Structure, discover, randomize_
+from quantkit.discovery import UNUSED, Refusal, Structure, discover, randomize_, rectifiable
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.experts import QuantizedExperts, put_experts, quantize_experts
 from quantkit.memory import give_back_memory
@@ -78,22 +78,25 @@ class Findings:
         return [] if self.ended is not None else sorted(set(range(self.count)) - set(self.order))
 
 
-def explore(skeleton: nn.Module, seed: int = 0, *, groups: bool = True) -> Findings:
+def explore(skeleton: nn.Module, seed: int = 0, *, groups: bool = True, activations: bool = False) -> Findings:
     """What the model's blocks do with their parameters; without `groups` only what each is used for.
+
+    With `activations` it is also looked for where a relu has room.
 
     Raises:
         CheckpointError: the model has no list of blocks.
     """
-    found = _explored(skeleton, seed, groups, outside=False)
+    looked_for = (groups, activations)
+    found = _explored(skeleton, seed, looked_for, outside=False)
     give_back_memory()
     if found.ended is None:
         return found
-    again = _explored(skeleton, seed, groups, outside=True)
+    again = _explored(skeleton, seed, looked_for, outside=True)
     give_back_memory()
     return found if again.ended is not None and len(found.structures) >= len(again.structures) else again
 
 
-def _explored(skeleton: nn.Module, seed: int, groups: bool, *, outside: bool) -> Findings:
+def _explored(skeleton: nn.Module, seed: int, looked_for: tuple[bool, bool], *, outside: bool) -> Findings:
     """What one pass showed; with `outside` all that lies outside of lists of modules has its weights from the start."""
     model = empty_copy(skeleton, buffers=True).float()
     use_plain_implementations(model)
@@ -102,7 +105,7 @@ def _explored(skeleton: nn.Module, seed: int, groups: bool, *, outside: bool) ->
         raise CheckpointError(f"{type(model).__name__} has no list of layers to go through block by block")
     ties = tied_parameters(model)
     shared = {*ties, *ties.values()}
-    tracer = _Tracer(model, lists, torch.Generator().manual_seed(seed), groups)
+    tracer = _Tracer(model, lists, torch.Generator().manual_seed(seed), *looked_for)
     ended = tracer.run(outside=outside)
     complete = [
         name for name, members in lists.items() if all(f"{name}.{i}" in tracer.ran for i in range(len(members)))
@@ -149,9 +152,14 @@ class _Tracer:
     """Runs a model once, and traces every block that isn't like an earlier one."""
 
     def __init__(
-        self, model: nn.Module, lists: Mapping[str, nn.ModuleList], generator: torch.Generator, groups: bool
+        self,
+        model: nn.Module,
+        lists: Mapping[str, nn.ModuleList],
+        generator: torch.Generator,
+        groups: bool,
+        activations: bool,
     ) -> None:
-        self.model, self.generator, self.groups = model, generator, groups
+        self.model, self.generator, self.groups, self.activations = model, generator, groups, activations
         self.members = {f"{name}.{i}": m for name, members in lists.items() for i, m in enumerate(members)}
         self.results: dict[str, Structure | str] = {}
         self.ran: set[str] = set()
@@ -221,6 +229,8 @@ class _Tracer:
         self._tracing = True
         try:
             structure = discover(member, args, kwargs, groups=self.groups)
+            if self.activations:
+                structure = _with_activations(member, structure, args, kwargs)
             return _packable(member, structure, args, kwargs)
         except Exception as error:  # the trace runs the model's own code several times
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -262,6 +272,18 @@ class _Tracer:
                     rows.mul_(value[0].numel() ** -0.5)
             found[name] = tensor
         return found
+
+
+def _with_activations(
+    block: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Structure:
+    """The structure, with the activations and norms that a relu can stand in place of, or behind."""
+    try:
+        found = rectifiable(block, args, kwargs, structure.linears)
+    except Exception as error:  # it runs the model's own code with other numbers
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return replace(structure, unchanged={"activations": f"they could not be followed ({words})"})
+    return replace(structure, activations=found.activations, norms=found.norms, unchanged=found.unchanged)
 
 
 def _packable(block: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:

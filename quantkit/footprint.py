@@ -10,7 +10,7 @@ together. A calibrated block is
     the hidden states of all windows (of one batch where they wait on disk)
   + its weights in float32
   + where it is pruned by what meets its weights: sums of products (SparseGPT: K x K in float32), or norms and a sample
-    of tokens (Wanda), for each activation that weights meet
+    of tokens (Wanda), for each activation that weights meet; where shifts or thresholds are found, their histograms
   + the largest of: the weights as they are stored, while they are read;
                     copies of them in the dtype that products are observed in, and what a batch makes;
                     its compressed tensors and what quantizing the largest weight takes;
@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from quantkit_calibration.activity import Distribution
 from quantkit_calibration.spilling import PIECE
 
 from quantkit.activity import Activity, activity
@@ -67,6 +68,9 @@ range is searched or codes are packed into words."""
 PER_SQUARE = 28
 """Bytes that SparseGPT takes for each of the K x K numbers of H, beside the sums: three matrices in float64, one in
 float32."""
+
+HISTOGRAM = 8 * 2 * Distribution.BINS
+"""Bytes of the counts that a shift or a threshold is read off."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def footprint(
         RecipeError: no way stays within the limit; the message says what the least is.
     """
     count, length = windows
-    if not recipe.observes or not count:
+    if not recipe.reports or not count or not length:
         found = _without_calibration(source, plan, device)
         _refuse(found, limit)
         return found
@@ -213,7 +217,8 @@ def _working(source: Source, plan: Plan, key: str) -> int:
 
 def _per_weight(target: Target) -> int:
     scheme = target.scheme
-    return PER_WEIGHT if scheme.activation_dtype is not None and scheme.weight_range == "absmax" else PER_PACKED_WEIGHT
+    plain = scheme.activation_dtype is not None and scheme.weight_range == "absmax" and scheme.sparsity is None
+    return PER_WEIGHT if plain else PER_PACKED_WEIGHT
 
 
 def _written_by_key(plan: Plan, source: Source, stage: Stage) -> list[int]:
@@ -277,12 +282,23 @@ class _Blocks:
                 sums[block] += (8 * size + 4 * size * ROWS) * several
         return max(sums.values(), default=0), working
 
+    def histograms(self) -> int:
+        """Bytes of the histograms of a block's activations, of which shifts and thresholds are read off."""
+        activating, counts = self.plan.activating, Counter[str]()
+        if activating is None:
+            return 0
+        names = [place.module for place in activating.places if place.shift is None]
+        for name in (*names, *(layer.parameter for layer in activating.inputs)):
+            counts[".".join(name.split(".")[: self.plan.findings.blocks.count(".") + 2])] += HISTOGRAM
+        return max(counts.values(), default=0) + 12 * Distribution.CHUNK
+
     def calibrated(self, done: Activity, batches: int, batching: Batching) -> Footprint:
         """Of a run with so many batches, each holding and making what was counted."""
         held = 3 * done.held + 2 * PIECE if batching.spill else done.held * (batches + 1)
         excess, holes = (min(size, HOLES * done.made) for size in (batching.excess, TIGHT))
         observing = self.copies + max(done.working + holes, excess)
         statistics, pruning = self.pruning(done)
+        statistics += self.histograms()
         working = max(self.stored + excess, observing, self.written + self.quantizing, pruning)
         block = {"hidden states": held, "a block in float32": self.weights, "statistics": statistics}
         block["work on it"] = working

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from quantkit_kernels import sparse24
 from quantkit_kernels.formats import FLOAT_DTYPES
 from safetensors import safe_open
 from torch import nn
@@ -28,6 +27,7 @@ from quantkit.checkpoint import output_head, tied_parameters
 from quantkit.conversion import Merged, Weight, find_merged
 from quantkit.errors import CheckpointError
 from quantkit.experts import QuantizedExperts, put_experts, use_packed_experts
+from quantkit.formats.places import misplaced
 from quantkit.linears import linear_modules
 from quantkit.modules import QuantizedLinear
 from quantkit.scheme import Scheme
@@ -130,13 +130,13 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]
                     )
             if "outlier_columns" in layer.stored:
                 _check_columns(f"{name}.outlier_columns", layer.get_buffer("outlier_columns"), layer.in_features)
-            places = next((leaf for leaf in PLACES if leaf in layer.stored), None)
-            if places is not None and not are_places(places, layer.get_buffer(places), layer.in_features):
-                raise CheckpointError(
-                    f"tensor '{name}.{places}' does not say of every four weights where two are; download the "
-                    "checkpoint again"
-                )
+            for leaf in layer.stored:
+                wrong = misplaced(leaf, layer.get_buffer(leaf), layer.scheme, layer.in_features)
+                if wrong is not None:
+                    raise CheckpointError(f"tensor '{name}.{leaf}' {wrong}; download the checkpoint again")
         use_packed_experts(model, GROUPED)
+        whole: Any = model
+        whole.is_quantized = not self.is_trainable  # so that a model in float may change its dtype, and be trained
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -164,20 +164,6 @@ GROUPED = "quantkit_grouped"
 copies experts' weights for each token."""
 
 ALL_EXPERTS_FUNCTIONS.register(GROUPED, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
-
-PLACES = ("weight_indices", "bitmask")
-"""The tensors that say where the weights of a 2:4 sparse layer stand."""
-
-
-def are_places(leaf: str, tensor: torch.Tensor, in_features: int) -> bool:
-    """Whether one of PLACES says of every four weights where just two stand, in their order."""
-    if leaf == "weight_indices":
-        return sparse24.are_ascending(tensor, in_features)
-    try:
-        sparse24.indices_of_bitmask(tensor, in_features)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_columns(name: str, columns: torch.Tensor, count: int) -> None:
@@ -232,7 +218,7 @@ def put_layers(
         if each.experts:
             count += len(each.targets)
             _put_experts(model, each, tensors, backend)
-    if not count and not parsed.activations:
+    if not count and (parsed.groups or not parsed.activations):
         raise CheckpointError("the checkpoint's quantization_config names no linear layer of this model")
     _hold_cache_scales(model, parsed, tensors)
     return Conversions(tuple(merged), model)

@@ -24,10 +24,9 @@ from quantkit.checkpoint import (
 )
 from quantkit.errors import CheckpointError
 from quantkit.experts import put_experts, quantized_experts
+from quantkit.formats.places import PLACES, misplaced
 from quantkit.hf import (
-    PLACES,
     Conversions,
-    are_places,
     has_any_float,
     put_layers,
     quantized_layers,
@@ -149,6 +148,7 @@ def inspect_checkpoint(checkpoint: str | Path, hub: Hub | None = None) -> Inspec
         layout = formats.of_config(stored, str(checkpoint))
         parsed, name = layout.parse(stored), layout.NAME
         try:
+            parsed.activations.check(skeleton)
             conversions = put_layers(skeleton, layout, parsed, weights.tensors, "auto")
         except CheckpointError as error:  # what can be told of the tensors as they are is told all the same
             unfit = [str(error)]
@@ -246,7 +246,7 @@ def _problems(source: Source, origins: dict[str, Origin], conversions: Conversio
             found.append(f"tensor {key!r} is {info.dtype} where {want.dtype} is expected")
         elif name in quantized:
             layer = layers[name.rpartition(".")[0]]
-            found += _wrong_values(key, source.weights, [layer.out_features, layer.in_features])
+            found += _wrong_values(key, source.weights, [layer.out_features, layer.in_features], layer.scheme)
         elif want.is_floating_point() and info.dtype not in (*FLOAT_DTYPES, torch.float64):
             found.append(f"tensor {key!r} is {info.dtype} where the config says that the layer is in float")
     return found
@@ -260,11 +260,11 @@ def _merged_problems(weights: Tensors, conversions: Conversions) -> list[str]:
             words = "weight_packed" if "weight_packed" in stored.leaves else "weight"
             shape = [weights.tensors[piece.prefix + words].shape[0], stored.columns]
             for leaf in stored.leaves:
-                found += _wrong_values(piece.prefix + leaf, weights, shape)
+                found += _wrong_values(piece.prefix + leaf, weights, shape, stored.scheme)
     return found
 
 
-def _wrong_values(key: str, weights: Tensors, shape: list[int]) -> list[str]:
+def _wrong_values(key: str, weights: Tensors, shape: list[int], scheme: Scheme) -> list[str]:
     """What is wrong with the values of a scale, or with what is stored about a layer [N, K] beside its numbers."""
     leaf = key.rpartition(".")[2]
     if leaf.endswith("scale") and not _positive(weights.get(key)):
@@ -277,8 +277,8 @@ def _wrong_values(key: str, weights: Tensors, shape: list[int]) -> list[str]:
         return [f"{key!r} does not hold numbers of columns from 0 to {shape[1] - 1} in ascending order"]
     if leaf == "outlier_weight" and not bool(torch.isfinite(weights.get(key)).all()):
         return [f"{key!r} holds a number that is not finite"]
-    if leaf in PLACES and not are_places(leaf, weights.get(key), shape[1]):
-        return [f"{key!r} does not say of every four weights where two are"]
+    if leaf in PLACES and (wrong := misplaced(leaf, weights.get(key), scheme, shape[1])) is not None:
+        return [f"{key!r} {wrong}"]
     if leaf == "shape" and weights.get(key).flatten().tolist() != shape:
         return [f"{key!r} says {weights.get(key).flatten().tolist()} where the layer is {shape}"]
     if leaf == "weight_format" and int(weights.get(key)):

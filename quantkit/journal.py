@@ -20,7 +20,7 @@ import torch
 from quantkit.durable import put, sync, write_json, writing
 from quantkit.errors import CheckpointError
 from quantkit.memory import peak_memory_bytes
-from quantkit.outcome import GroupReport, LayerReport, Outcome, PrunedReport
+from quantkit.outcome import ChangedActivation, GroupReport, LayerReport, Outcome, PrunedReport, SparsityReport
 from quantkit.shards import Onlooker, Part, ShardWriter, checksum, is_whole, json_checksum, read_tensors, write_tensors
 
 STATE = "quantkit_state"
@@ -224,6 +224,8 @@ class Journal:
             found.groups += each.groups
             found.notes += each.notes
             found.pruned += each.pruned
+            found.activations += each.activations
+            found.sparsity += each.sparsity
         return found
 
     def commit(self, stage: str, outcome: Outcome, state: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -330,7 +332,9 @@ def outcome_of(values: Mapping[str, Any]) -> Outcome:
     layers = [LayerReport(**(value | {"shape": tuple(value["shape"])})) for value in values["layers"]]
     groups = [GroupReport(**(value | {"consumers": tuple(value["consumers"])})) for value in values["groups"]]
     pruned = [PrunedReport(**(value | {"shape": tuple(value["shape"])})) for value in values["pruned"]]
-    return Outcome(layers, groups, list(values["notes"]), pruned)
+    activations = [ChangedActivation(**(value | {"feeds": tuple(value["feeds"])})) for value in values["activations"]]
+    sparsity = [SparsityReport(**(value | {"shape": tuple(value["shape"])})) for value in values["sparsity"]]
+    return Outcome(layers, groups, list(values["notes"]), pruned, activations, sparsity)
 
 
 def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from quantkit_kernels.backends import BACKENDS
 from torch import nn
 
 from quantkit import attention as attentions
-from quantkit import formats, modules
+from quantkit import formats, modules, skipping
 from quantkit.checkpoint import Hub, auto_class, build_skeleton, read_config, refuse_untrusted, resolve
 from quantkit.devices import pick_device
 from quantkit.errors import CheckpointError, QuantkitError
@@ -34,6 +34,7 @@ def load(
     backend: str = "auto",
     *,
     keep_decoded: bool = False,
+    skip_zeros: bool = False,
     attention: str = "auto",
     tensor_parallel: bool = False,
     revision: str | None = None,
@@ -53,6 +54,9 @@ def load(
         backend: `auto`, `torch` or `triton`: which implementation of the ops to use.
         keep_decoded: on a CPU, keep weights that would be decoded at every call as they are decoded: faster with few
             tokens, for 2 bytes a weight more in bfloat16 and 4 in float32 (see `QuantizedLinear`).
+        skip_zeros: let linear layers whose input is often zero, which a pass over random tokens shows, read only the
+            rows of their weights that they need: faster with few tokens, different by rounding (see
+            `quantkit.skipping`).
         attention: `auto` runs what transformers calls `sdpa` by quantkit's function on a CPU, faster and different by
             rounding (see `quantkit.attention`), where the model's code doesn't ask for that name; its config then
             says `quantkit`. `transformers` leaves all attention as transformers chose it.
@@ -118,7 +122,20 @@ def load(
     if attention == "auto" and place.type == "cpu":
         _take_attention(model)
     model.eval()
+    if skip_zeros:
+        _skip_zeros(model, str(path))
     return model
+
+
+def _skip_zeros(model: nn.Module, name: str) -> None:
+    """Let layers read what they need, and say where none does."""
+    found = skipping.skip_zeros(model)
+    reasons = sorted({each.reason for each in found if each.reason})
+    if not found:
+        log.warning("skip_zeros is unused: no linear layer of %s is given zeros often", name)
+    elif reasons:
+        count = sum(bool(each.reason) for each in found)
+        log.warning("skip_zeros leaves %d of %d layers of %s as they are: %s", count, len(found), name, reasons[0])
 
 
 def _take_attention(model: nn.Module) -> None:

@@ -49,7 +49,7 @@ def quantize_linear(
 def op_of(scheme: Scheme, packed: bool) -> str:
     """The name of the op that multiplies activations with a weight of the scheme."""
     if scheme.activation_dtype is None and scheme.sparsity is not None:
-        return "linear_sparse24"
+        return "linear_sparse24" if scheme.tiles is None else "linear_venom"
     if scheme.activation_dtype is None:
         return "linear_weight_only_packed" if packed else "linear_weight_only"
     if scheme.threshold is not None:
@@ -168,10 +168,13 @@ class QuantizedLinear(nn.Module):
                 return cpu_int4.linear(x, reordered.weight, reordered.scale, bias)
             packed, scale = self.get_buffer(self._words), self._by_row(self.get_buffer("weight_scale"))
             return ops.linear_weight_only_packed(x, packed, scale, bias, scheme.bits, backend)
-        if op == "linear_sparse24":
-            values, indices = self.sparse_parts()
+        if op in ("linear_sparse24", "linear_venom"):
+            parts = self.sparse_parts()
             sparse_scale = None if scheme.is_float else self._by_row(self.get_buffer("weight_scale"))
-            return ops.linear_sparse24(x, values, indices, sparse_scale, bias, backend)
+            if scheme.tiles is not None:
+                v, m = scheme.tiles
+                return ops.linear_venom(x, parts[0], parts[1], parts[2], sparse_scale, bias, v, m, backend)
+            return ops.linear_sparse24(x, parts[0], parts[1], sparse_scale, bias, backend)
         kept = scheme.sparsity is not None and (is_plain_call(x, bias) or _is_eager_on_gpu(x))
         codes, scale = self._unpacked() if kept else self.codes_and_scale()
         if op == "linear_tensor":
@@ -277,7 +280,7 @@ class QuantizedLinear(nn.Module):
     @property
     def backend_in_use(self) -> str:
         """What the layer's product runs on where its tensors are: `triton`, `cpu` or `torch`."""
-        if self.op == "linear_sparse24":
+        if self.op in ("linear_sparse24", "linear_venom"):
             codes = self.sparse_parts()[0]
         elif self._layout.is_packed(self.scheme) and self.scheme.sparsity is None:
             codes = self.get_buffer(self._words)
@@ -285,11 +288,12 @@ class QuantizedLinear(nn.Module):
             codes = self.codes_and_scale()[0]
         return ops.select_backend(self.op, codes.dtype, codes.device, self.backend)
 
-    def sparse_parts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept codes of a 2:4 sparse weight and their indices, as `ops.linear_sparse24` takes them."""
+    def sparse_parts(self) -> tuple[torch.Tensor, ...]:
+        """The kept codes of a sparse weight and their indices, as `ops.linear_sparse24` takes them; or with the columns
+        that `ops.linear_venom` takes."""
         stored = {name: self.get_buffer(name) for name in self.stored}
-        values, indices = self._layout.sparse_parts(self.scheme, stored, self.in_features)
-        return values, indices
+        parts: tuple[torch.Tensor, ...] = self._layout.sparse_parts(self.scheme, stored, self.in_features)
+        return parts
 
     def codes_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, K] and their scale [N, G], [1] or [ceil(N / 128), ceil(K / 128)]."""

@@ -94,6 +94,16 @@ class Observation:
         self._turned = Turn(last.number + (last.windows > 0), last.first + last.windows, self.windows[batch])
         return self._turned
 
+    def watch(self, axes: Mapping[str, int], see: See) -> None:
+        """Return nothing; `see` has been told what met the parameters of `axes` in all batches."""
+        self._watched({path: (self.block.get_parameter(path), axis) for path, axis in axes.items()}, see)
+
+    def run(self) -> None:
+        """Return nothing; the block has run on all batches."""
+        for call in self.calls:
+            self.block(*call.args, **call.kwargs)
+            self.excess.watch()
+
     def _show(
         self,
         watched: Mapping[str, tuple[torch.Tensor, int]],

@@ -73,6 +73,61 @@ class GroupReport:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class ChangedActivation:
+    """One module whose input or output is put through something that the model hadn't.
+
+    Attributes:
+        module: its name.
+        kind: `activation` (relu stands in its place), `norm` or `up` (relu comes behind it), or `threshold` (what is
+            small in its input is zeroed).
+        value: the shift of the relu, or the threshold.
+        feeds: the linear layers that see its zeros; of a threshold none but itself.
+    """
+
+    module: str
+    kind: str
+    value: float
+    feeds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """How much of a linear layer's input is zero on calibration data, where the recipe changes activations.
+
+    Attributes:
+        module: its name, of experts that of the parameter that holds them.
+        shape: N and K.
+        before: the share of zeros in the model as it came, by gamma: in all of so many tokens that follow one another
+            (`1`: in a token); of experts, whose tokens don't, for `1` alone.
+        after: the same in the model as it is written.
+        load: how many times a token is multiplied with it: 1, or of experts how many a token is sent to on average.
+        weight_bits: of a stored weight, scales aside.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    before: dict[str, float]
+    after: dict[str, float]
+    load: float
+    weight_bits: float
+
+    @property
+    def flops(self) -> float:
+        """Operations of a token, none of them spared: 2 N K."""
+        return 2.0 * self.shape[0] * self.shape[1] * self.load
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes of the weights that a token needs, none of them spared."""
+        return self.shape[0] * self.shape[1] * self.load * self.weight_bits / 8
+
+    @property
+    def spared(self) -> float:
+        """The share of both that a token's zeros spare: a column of the weight for each."""
+        return self.after.get("1", 0.0)
+
+
 @dataclass
 class Outcome:
     """Everything that the work itself tells; the report adds what the plan and the disk know."""
@@ -81,3 +136,5 @@ class Outcome:
     groups: list[GroupReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pruned: list[PrunedReport] = field(default_factory=list)
+    activations: list[ChangedActivation] = field(default_factory=list)
+    sparsity: list[SparsityReport] = field(default_factory=list)

@@ -35,7 +35,7 @@ def refuse_existing(output: str | Path) -> Path:
             raise CheckpointError(
                 f"{path} ends in {PARTIAL}, as the folders of unfinished work do; give another -o OUT"
             )
-        _partial(path).exists()  # its name is longer, and may be too long
+        partial_of(path).exists()  # its name is longer, and may be too long
         tidy(path)
         taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
     except (OSError, RuntimeError) as error:
@@ -54,7 +54,7 @@ def free_space(output: Path) -> tuple[Path, int]:
 def refuse_full_disk(output: Path, needed: int) -> None:
     """Return nothing; raise CheckpointError when the disk has no room for what will be written."""
     folder, free = free_space(output)
-    partial = _partial(output)
+    partial = partial_of(output)
     there = sum(path.stat().st_size for path in partial.glob("*.safetensors")) if partial.is_dir() else 0
     if free + there < needed:
         raise CheckpointError(
@@ -63,7 +63,8 @@ def refuse_full_disk(output: Path, needed: int) -> None:
         )
 
 
-def _partial(output: Path) -> Path:
+def partial_of(output: Path) -> Path:
+    """The folder that an output is written in until it is whole."""
     return output.with_name(output.name + PARTIAL)
 
 
@@ -84,7 +85,7 @@ def partial_folder(output: Path, fingerprint: Mapping[str, Any], *, restart: boo
         CheckpointError: the folder can't be made, isn't quantkit's, was begun with another fingerprint, or another run
             is writing in it.
     """
-    partial = _partial(output)
+    partial = partial_of(output)
     lock = _locked(partial)
     try:
         if journal.records(partial) and not restart:

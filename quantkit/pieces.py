@@ -2,6 +2,9 @@
 
 A weight is stored out x in, with a scale [N, G], or in x out, [K, N], with a scale [1, N]: its shape says which. Here
 codes have the float weight's own shape, and the scale keeps both axes. N out features, K in features, G groups.
+
+2:4 sparse codes are packed along the in features: such a weight is stored out x in always, and a scale [1, N] says that
+the float weight is in x out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from quantkit_kernels.formats import FLOAT_DTYPES
 
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.formats import FORMATS, TensorSpec
+from quantkit.formats.places import misplaced
 from quantkit.scheme import Scheme
 
 SCALE, STATIC = "weight_scale", "input_scale"
@@ -30,19 +34,20 @@ def expert_specs(
         raise RecipeError(
             f"experts in x out [{in_features}, {out_features}] have no groups of {scheme.group_size}; use group=channel"
         )
+    sizes = (in_features, out_features) if transposed and scheme.sparsity is None else (out_features, in_features)
+    specs: dict[str, TensorSpec] = layout.tensor_specs(scheme, *sizes, dtype)
     if not transposed:
-        specs: dict[str, TensorSpec] = layout.tensor_specs(scheme, out_features, in_features, dtype)
         return specs
-    specs = layout.tensor_specs(scheme, in_features, out_features, dtype)
     return specs | {SCALE: TensorSpec((1, out_features), specs[SCALE].dtype)}
 
 
 def compress_expert(
     layout: ModuleType, scheme: Scheme, codes: torch.Tensor, scale: torch.Tensor, transposed: bool
 ) -> dict[str, torch.Tensor]:
-    """One expert's codes [N, K] and scale [N, G] as they are stored: in the parameter's own layout."""
+    """One expert's codes [N, K] and scale [N, G] as they are stored: in the parameter's own layout, or packed."""
     if transposed:
-        codes, scale = codes.t().contiguous(), scale.t().contiguous()
+        codes = codes.t().contiguous() if scheme.sparsity is None else codes
+        scale = scale.t().contiguous()
     stored: dict[str, torch.Tensor] = layout.compress(scheme, codes, scale)
     return stored
 
@@ -58,6 +63,7 @@ class Stored:
         columns: columns of the codes as they are stored.
         flipped: whether the codes are stored with the axes of the float weight swapped.
         single: whether one scale is stored for all rows.
+        turned: whether sparse codes are stored out x in, of a float weight in x out whose scale is stored so.
     """
 
     format: str
@@ -66,22 +72,35 @@ class Stored:
     columns: int
     flipped: bool
     single: bool
+    turned: bool = False
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Codes [A, B], their scale [A, G] or [1, B], and the scale [1] of static activations."""
+        """Codes [A, B], their scale [A, G] or [1, B], and the scale [1] of static activations.
+
+        Raises:
+            CheckpointError: what says where sparse codes stand says nothing.
+        """
+        for leaf, tensor in tensors.items():
+            wrong = None if tensor.is_meta else misplaced(leaf, tensor, self.scheme, self.columns)
+            if wrong is not None:
+                raise CheckpointError(f"a {leaf!r} of the checkpoint {wrong}; download the checkpoint again")
         codes, scale = FORMATS[self.format].decompress(self.scheme, tensors, self.columns)
         if self.single:
             scale = scale.reshape(1, 1).expand(codes.shape[0], 1)
+        if self.flipped or self.turned:
+            codes = codes.t()
         if self.flipped:
-            codes, scale = codes.t(), scale.t()
+            scale = scale.t()
         return codes, scale, tensors.get(STATIC)
 
     def encode(
         self, codes: torch.Tensor, scale: torch.Tensor, input_scale: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """The tensors that `decode` reads so, by the last parts of their names."""
+        if self.flipped or self.turned:
+            codes = codes.t()
         if self.flipped:
-            codes, scale = codes.t(), scale.t()
+            scale = scale.t()
         scale = scale.reshape(-1)[:1] if self.single else scale
         stored: dict[str, torch.Tensor] = FORMATS[self.format].compress(
             self.scheme, codes.contiguous(), scale.contiguous(), input_scale
@@ -123,8 +142,10 @@ def stored_as(
         scale_shape, dtype = tensors[SCALE]
         single = scale_shape == (1,) and scheme.weight_granularity == "tensor"
         groups = 1 if scheme.group_size is None else columns // scheme.group_size
-        if dtype in FLOAT_DTYPES and (single or scale_shape in ((rows, groups), (1, columns))):
-            return Stored(layout.NAME, scheme, tuple(expected), columns, flipped, single)
+        turned = scheme.sparsity is not None and scale_shape == (1, rows) != (rows, groups)
+        shapes = [(rows, groups)] + [(1, columns)] * (scheme.sparsity is None)
+        if dtype in FLOAT_DTYPES and (single or turned or scale_shape in shapes):
+            return Stored(layout.NAME, scheme, tuple(expected), columns, flipped and not turned, single, turned)
     raise CheckpointError(
         f"tensor {prefix + wrong!r} is {tensors[wrong][1]} {list(tensors[wrong][0])}, which doesn't fit the model and "
         f"the scheme {scheme.label!r}; the files and their config don't belong together: download both again"

@@ -15,6 +15,7 @@ from quantkit_calibration.data import calibration_windows
 from torch import nn
 
 from quantkit import formats
+from quantkit.activating import recorded
 from quantkit.budget import Budget, budget_of, disk_bytes
 from quantkit.calibrated import compress_calibrated
 from quantkit.checkpoint import Hub, Source, Tensors, open_folder, open_headers, open_model, read_config
@@ -106,7 +107,8 @@ def quantize(
         include: patterns of module names; when there are any, only what they match is quantized.
         ignore: patterns of module names that stay float.
         seed: seed of everything random; by default the recipe's, or 0.
-        format: `auto`, `compressed-tensors`, `bitsandbytes` or `quantkit`.
+        format: `auto`, `compressed-tensors`, `bitsandbytes`, `quantkit` (which packs 2:4 pruned weights), or `dense`
+            (which says that their zeros are written, as `auto` does).
         max_shard_size: such as `"5GB"`, or bytes.
         device: where weights are quantized: `auto`, `cpu`, `cuda` or `cuda:N`.
         eval_dataset: evaluate the result on this data set, with the float model as baseline, once it is safe on disk.
@@ -134,13 +136,15 @@ def quantize(
     """
     started, ranks = time.monotonic(), current()
     progress = progress and ranks.is_first
-    made = _recipe(recipe, steps, include, ignore, seed)
+    made = recipe_of(recipe, steps, include, ignore, seed)
+    if made.trains:
+        raise RecipeError("a recipe with the step recover is carried out by quantkit.quantize; call that")
     limit, place = parse_size(max_shard_size), pick_device(device)
     allowed = None if max_memory is None else parse_size(max_memory)
     target = refuse_existing(output)
-    if dataset is not None and not made.observes:
+    if dataset is not None and not made.reports:
         log.warning("--dataset %s is unused: no step of this recipe observes data", dataset)
-    if seq_len is not None and not made.observes and eval_dataset is None:
+    if seq_len is not None and not (made.reports and dataset is not None) and eval_dataset is None:
         log.warning("--seq-len %s is unused: nothing is observed or evaluated", seq_len)
     if made.observes and dataset is None:
         raise RecipeError(
@@ -157,16 +161,15 @@ def quantize(
     hub = Hub(revision, token, cache_dir, trust_remote_code, progress)
     source = open_for_plan(model, hub, tokenizer, dequantize=dequantize)
     plan = make_plan(source, made, format)
-    shape = (samples, calibration_length(source, made, seq_len))
-    memory = footprint(
-        source, plan, made, shape, place, allowed, ranks=ranks.count
-    )  # refused before anything is read or fetched
+    watches = made.observes or (made.reports and dataset is not None)
+    shape = (samples, calibration_length(source, seq_len)) if watches else (0, 0)
+    memory = footprint(source, plan, made, shape, place, allowed, ranks=ranks.count)  # before anything is read
     refuse_full_disk(target, disk_bytes(source, plan) + ranks.count * memory.spilled_bytes)
     if not source.whole:  # what can be found out before a download is; the plan of what came is made anew
         source = open_source(model, hub, tokenizer, dequantize=dequantize)
         plan = make_plan(source, made, format)
     windows = None
-    if made.observes and dataset is not None:
+    if watches and dataset is not None:
         data = Data(dataset, samples, seq_len, data_dir)
         windows, made = calibration_data(source, model, made, data, hub)
     evaluation = None
@@ -226,7 +229,7 @@ def _finished(
     writer = journal.writer
     with journal.step("all", "write"):
         writer.finish()
-        write_json(folder / "config.json", finished_config(source, plan))
+        write_json(folder / "config.json", finished_config(source, plan, done))
         copy_files(source, folder)
         write_text(folder / RECIPE_FILE, recipe.to_json())
     with journal.step("all", "verify"):
@@ -255,7 +258,7 @@ def planned(
 
     No weight is read, none is fetched from the hub, and nothing is written (but small files to the hub's cache).
     """
-    made = _recipe(recipe, steps, include, ignore, None)
+    made = recipe_of(recipe, steps, include, ignore, None)
     hub = Hub(revision, token, cache_dir, trust_remote_code)
     source = open_source(model, hub, None, dequantize=dequantize, weights=False)
     return source, make_plan(source, made, format), made
@@ -285,14 +288,14 @@ def foresee(
     target = None if output is None else refuse_existing(output)
     allowed = None if max_memory is None else parse_size(max_memory)
     source, plan, recipe = planned(model, **arguments)
-    length = calibration_length(source, recipe, seq_len)
+    length = calibration_length(source, seq_len) if recipe.observes else 0
     memory = footprint(source, plan, recipe, (samples, length), torch.device(device), allowed, ranks=ranks)
     return plan, recipe, budget_of(source, plan, recipe, samples * length, memory, target, ranks)
 
 
-def calibration_length(source: Source, recipe: Recipe, seq_len: int | None) -> int:
-    """Tokens of a calibration window; 0 for a recipe that observes nothing."""
-    return window_length(Pair(source.skeleton, source.name, None, ""), seq_len) if recipe.observes else 0
+def calibration_length(source: Source, seq_len: int | None) -> int:
+    """Tokens of a calibration window."""
+    return window_length(Pair(source.skeleton, source.name, None, ""), seq_len)
 
 
 def open_for_plan(model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, dequantize: bool) -> Source:
@@ -304,7 +307,7 @@ def open_for_plan(model: str | Path | nn.Module, hub: Hub, tokenizer: Any, *, de
         return open_source(model, hub, tokenizer, dequantize=dequantize)
 
 
-def _recipe(
+def recipe_of(
     recipe: Recipe | str | Path | None,
     steps: Sequence[str | Step],
     include: Sequence[str],
@@ -427,6 +430,8 @@ def compress(
             if journal.finished(stage.name) is None and ranks.is_first:
                 done = Outcome()
                 done.layers += compress_stage(stage, plan, source, journal.writer, device, pruned=done.pruned)
+                if plan.activating is not None and stage.is_block:
+                    done.activations += plan.activating.given(stage.name)
                 journal.commit(stage.name, done)
             steps.advance()
         blocks = [f"{plan.findings.blocks}.{number}" for number in range(plan.findings.count)]
@@ -443,12 +448,19 @@ def fingerprint(source: Source, recipe: Recipe, plan: Plan, limit: int, device: 
         "version of quantkit": __version__,
         "recipe": recipe.to_dict(),
         "model": identity(source),
-        "format": "float" if plan.layout is None else plan.layout.NAME,
+        "format": _form(plan),
         "max_shard_size": limit,
         "device": device.type,
         "version of torch": torch.__version__,
         "version of transformers": version("transformers"),
     }
+
+
+def _form(plan: Plan) -> str:
+    """The format that a plan writes, and the pattern that it packs."""
+    name = "float" if plan.layout is None else plan.layout.NAME
+    packed = {target.scheme.sparsity for target in plan.targets.values()} - {None}
+    return " ".join([name, *sorted(filter(None, packed))])
 
 
 def parse_size(size: str | int) -> int:
@@ -470,20 +482,14 @@ def parse_size(size: str | int) -> int:
     raise RecipeError(f"{size!r} is not a size; write one like 5GB, 512MB or 2GiB")
 
 
-def finished_config(source: Source, plan: Plan) -> dict[str, Any]:
-    """config.json of the result: the source's own, with what is quantized."""
-    config = dict(source.config)
+def finished_config(source: Source, plan: Plan, done: Outcome) -> dict[str, Any]:
+    """config.json of the result: the source's own, with what is quantized, and what is done to activations."""
+    config = dict(source.config) if plan.activating is None else plan.activating.write(source.config)
     if not config.get("dtype") and not config.get("torch_dtype"):
         dtypes = [target.dtype for target in plan.targets.values()] or list(source.skeleton.parameters())[:1]
         config["dtype"] = str(getattr(dtypes[0], "dtype", dtypes[0])).removeprefix("torch.")
-    if plan.layout is not None:
-        targets = list(plan.targets.values())
-        names = [layer.name for layer in plan.quantized]
-        scheme, more = targets[0].scheme, {}
-        if scheme.outlier_columns is not None:
-            more = {"columns": {target.module: target.scheme.outlier_columns for target in targets}}
-        config["quantization_config"] = plan.layout.config(scheme, names, plan.ignored, **more)
-    return config
+    stored = plan.quantization_config(recorded(done.activations))
+    return config if stored is None else config | {"quantization_config": stored}
 
 
 def copy_files(source: Source, folder: Path) -> None:

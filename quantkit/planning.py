@@ -3,10 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 from quantkit import formats
+from quantkit.activating import Activating, choose_activating, recorded_layout
+from quantkit.activations import Activations, remembered
 from quantkit.candidates import FLOAT_DTYPES, Candidate, Reasons, candidates_of
 from quantkit.checkpoint import Source, linears, tied_parameters
 from quantkit.errors import CheckpointError, RecipeError
@@ -14,7 +17,8 @@ from quantkit.exploration import Findings, explore
 from quantkit.methods import method_class
 from quantkit.naming import Names, Origin, conversion_problems
 from quantkit.recipe import Recipe, Step, matches
-from quantkit.targets import Target, choose_pruned, choose_targets, tensor_specs
+from quantkit.storing import choose_storage, quantization_config
+from quantkit.targets import Target, choose_pruned, tensor_specs
 
 __all__ = ["FLOAT_DTYPES", "LeftAlone", "PatternMatch", "Plan", "Stage", "Target", "make_plan", "tensor_specs"]
 
@@ -52,7 +56,7 @@ class Plan:
 
     Attributes:
         stages: the keys in the order of the work.
-        targets: checkpoint key to what becomes of it, for all that will be quantized.
+        targets: checkpoint key to what becomes of it, for all that will be quantized, or packed in float.
         quantized: the linear layers that will be quantized, as the model has them.
         left: every other weight matrix of the model, with the reason.
         linears_left: the names of the linear layers among them.
@@ -63,11 +67,13 @@ class Plan:
         patterns: what the patterns matched.
         notes: what else a reader of the plan should know.
         output_bytes: bytes of all tensors that will be written.
-        layout: the format that they are written in; None when nothing is quantized.
+        layout: the format that they are written in; None when nothing is quantized or packed.
         findings: what the model does with its parameters.
         names: its keys and parameters.
         pruned: the linear layers of which weights will be set to zero, as the model has them.
         pruning: how; None where none are.
+        activating: what is changed between linear layers; None where nothing is.
+        recorded: what the source says of its activations already.
     """
 
     stages: tuple[Stage, ...]
@@ -86,6 +92,21 @@ class Plan:
     names: Names
     pruned: tuple[Candidate, ...] = ()
     pruning: Step | None = None
+    activating: Activating | None = None
+    recorded: Activations = field(default_factory=Activations)
+
+    def quantization_config(self, activations: Activations | None = None) -> dict[str, Any] | None:
+        """The `quantization_config` of the result; None when everything is in float, and no activation is recorded.
+
+        `activations` are what was found of them in calibration; by default what is known of them before.
+        """
+        layout = self.layout if self.targets else None
+        found = quantization_config(layout, self.targets, self.quantized, self.ignored)
+        more = Activations()
+        if self.activating is not None and self.activating.is_recorded:
+            more = activations or self.activating.planned()
+        said = self.recorded.with_more(more)
+        return formats.native.with_activations(found, said) if said else found
 
     def pruned_by_key(self, key: str) -> tuple[list[str], bool]:
         """The pruned layers that a checkpoint key is the weight of, and whether it holds K before N."""
@@ -100,7 +121,8 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
         source: the model.
         recipe: what to do.
         layout: a format's name or module; `auto` is the first that can say the recipe's scheme, or quantkit's own where
-            experts lie together in one tensor, which no other can say.
+            experts lie together in one tensor, which no other can say. Pruned weights are packed in quantkit's own
+            where that is asked for by name; `dense` is `auto` for a recipe that prunes.
 
     Raises:
         RecipeError: a pattern matches nothing, nothing is left to quantize, or a group size doesn't divide (all such
@@ -109,20 +131,22 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
     """
     names = Names(source)
     _refuse_incomplete(source, names.origins)
-    findings = explore(source.skeleton, groups=recipe.smooths)
+    findings = explore(source.skeleton, groups=recipe.smooths, activations=recipe.rectifying is not None)
     candidates = candidates_of(source, names, findings)
     patterns = _pattern_matches(source, recipe, [candidate.name for candidate in candidates])
     judge = Reasons(source, recipe, names, findings)
     reasons = {candidate.name: judge.of(candidate) for candidate in candidates}
     pruned, unpruned = choose_pruned(source, recipe, names, candidates, reasons, findings)
-    chosen, targets = choose_targets(source, recipe.scheme, layout, names, candidates, reasons, findings)
+    activating = choose_activating(source, recipe, candidates, reasons, findings)
+    recorded = remembered(source.skeleton)
+    records = bool(recorded) or (activating is not None and activating.is_recorded)
+    layout = recorded_layout(layout, recipe, records)
+    stored, storage = choose_storage(source, recipe, layout, names, candidates, reasons, findings, pruned)
+    chosen, targets, reasons = stored.layout, stored.targets, stored.reasons
     if recipe.scheme is not None and not targets:
         raise RecipeError(_nothing_left(source, {name: why for name, why in reasons.items() if why}))
-    output = sum(info.nbytes for key, info in source.weights.tensors.items() if key not in targets)
-    output += sum(spec.nbytes for target in targets.values() for spec in tensor_specs(target, chosen).values())
     left = {candidate.name: reasons[candidate.name] or "" for candidate in candidates if reasons[candidate.name]}
-    worked = {name for target in targets.values() for name in target.parameters}
-    told = left
+    worked, told, packed = {name for target in targets.values() for name in target.parameters}, left, stored.packed
     if recipe.scheme is None and pruned:
         worked, told = {each.parameter for each in pruned}, {name: why for name, why in unpruned.items() if why}
     return Plan(
@@ -130,18 +154,24 @@ def make_plan(source: Source, recipe: Recipe, layout: str | ModuleType = "auto")
         targets,
         tuple(candidate for candidate in candidates if candidate.name not in left),
         _left_alone(source, worked, told, findings),
-        tuple(candidate.name for candidate in candidates if candidate.name in left and not candidate.experts),
+        tuple(each.name for each in candidates if each.name in left and not each.experts and each.name not in packed),
         _ignored(source, names, candidates, left, chosen),
         tuple(key for key, origin in names.origins.items() if origin.parameter is None),
         _renamed(source, names.origins),
         patterns,
-        _notes(recipe, findings, judge.ended, chosen, [each for each in candidates if each.name not in left]),
-        output,
-        chosen,
+        (
+            *_notes(recipe, findings, judge.ended, chosen, [c for c in candidates if c.name not in left]),
+            *storage,
+            *(activating.notes() if activating is not None else ()),
+        ),
+        stored.nbytes,
+        formats.native if chosen is None and records else chosen,
         findings,
         names,
         pruned,
         recipe.pruning,
+        activating,
+        recorded,
     )
 
 

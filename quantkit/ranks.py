@@ -10,6 +10,7 @@ first rank tells the user.
 """
 
 import functools
+import io
 import json
 import logging
 import os
@@ -112,7 +113,7 @@ class Ranks:
         """What each rank gives, in their order."""
         if self.is_alone:
             return [value]
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        data = _packed(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
         self._done(dist.all_gather(sizes, torch.tensor([data.numel()]), group=self._group, async_op=True))
         longest = max(int(size) for size in sizes)
@@ -126,7 +127,7 @@ class Ranks:
         """What the first rank gives; of the others it doesn't matter what they do."""
         if self.is_alone:
             return value
-        data = torch.frombuffer(bytearray(pickle.dumps(value if self.is_first else None)), dtype=torch.uint8)
+        data = _packed(value if self.is_first else None)
         size = torch.tensor([data.numel()])
         self._done(dist.broadcast(size, 0, group=self._group, async_op=True))
         data = data if self.is_first else torch.zeros(int(size), dtype=torch.uint8)
@@ -370,6 +371,23 @@ def together(function: Callable[Given, Made]) -> Callable[Given, Made]:
             return function(*args, **kwargs)
 
     return run
+
+
+class _Pickler(pickle.Pickler):
+    """Takes tensors to the host: the rank that reads them has another GPU, or none."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """How to make an object again."""
+        if isinstance(obj, torch.Tensor) and obj.device.type != "cpu":
+            return obj.detach().cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+        return NotImplemented
+
+
+def _packed(value: Any) -> torch.Tensor:
+    """A value as bytes."""
+    memory = io.BytesIO()
+    _Pickler(memory, pickle.HIGHEST_PROTOCOL).dump(value)
+    return torch.frombuffer(bytearray(memory.getbuffer()), dtype=torch.uint8)
 
 
 def _line(error: BaseException) -> str:

@@ -114,7 +114,15 @@ class Recipe:
                 f"the step {late} comes after {quantizers[0]}, when there is nothing in float left to work on; "
                 f"write -m {late} before -m {quantizers[0]}"
             )
-        again = next((name for name in transforms if transforms.count(name) > 1), None)
+        smoothing = next((step for step in self.transforms if method_class(step.name).smooths), None)
+        limited = self.thresholding
+        if limited and smoothing and self.transforms.index(limited) < self.transforms.index(smoothing):
+            raise RecipeError(
+                f"the step {smoothing.name} comes after {limited.name}, and would move what its thresholds were found "
+                f"on; write -m {smoothing.name} before -m {limited.name}"
+            )
+        once = [name for name in transforms if not method_class(name).trains]
+        again = next((name for name in once if once.count(name) > 1), None)
         if again is not None:
             raise RecipeError(f"the step {again} is given {transforms.count(again)} times; give it once")
         for pattern in (*self.include, *self.ignore):
@@ -147,12 +155,32 @@ class Recipe:
     @property
     def smooths(self) -> bool:
         """Whether a step moves factors between weights, for which it must be known what feeds what."""
-        return any(not method_class(step.name).prunes for step in self.transforms)
+        return any(method_class(step.name).smooths for step in self.transforms)
+
+    @property
+    def rectifying(self) -> Step | None:
+        """The step that changes activation functions, or None."""
+        return next((step for step in self.transforms if method_class(step.name).rectifies), None)
+
+    @property
+    def thresholding(self) -> Step | None:
+        """The step that zeroes what is small in the input of linear layers, or None."""
+        return next((step for step in self.transforms if method_class(step.name).thresholds), None)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step trains float weights."""
+        return any(method_class(step.name).trains for step in self.steps)
 
     @property
     def observes(self) -> bool:
         """Whether a step needs calibration data."""
         return any(method_class(step.name)().observes(step.parameters) for step in self.steps)
+
+    @property
+    def reports(self) -> bool:
+        """Whether calibration data are of use, if only to the report."""
+        return any(method_class(step.name)().reports(step.parameters) for step in self.steps)
 
     @classmethod
     def of(

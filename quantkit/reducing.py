@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from quantkit_calibration.activity import Distribution, Zeros
 from quantkit_calibration.observers import ChannelAbsmax, Reservoir, TensorRange
 
 from quantkit.ranks import Ranks
 
 Key = TypeVar("Key")
+Counts = TypeVar("Counts", Distribution, Zeros)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ def total(counts: Mapping[Key, int], ranks: Ranks) -> dict[Key, int]:
     for each in ranks.gather(dict(counts)):
         found.update(each)
     return dict(found)
+
+
+def merged(own: dict[str, Counts], ranks: Ranks) -> dict[str, Counts]:
+    """What all ranks have counted, by name."""
+    if ranks.is_alone:
+        return own
+    found: dict[str, Counts] = {}
+    for each in ranks.gather(own):
+        for name, counts in each.items():
+            if name in found:
+                found[name].merge(counts)
+            else:
+                found[name] = counts
+    return found
 
 
 def absmaxima(

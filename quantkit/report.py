@@ -2,18 +2,23 @@
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from quantkit import spared
 from quantkit.checkpoint import Source
 from quantkit.durable import put, write_json
+from quantkit.methods import relu
 from quantkit.methods.sparse24 import COST
-from quantkit.outcome import GroupReport, LayerReport, Outcome, PrunedReport
+from quantkit.outcome import ChangedActivation, GroupReport, LayerReport, Outcome, PrunedReport, SparsityReport
 from quantkit.planning import LeftAlone, PatternMatch, Plan
 from quantkit.recipe import Recipe
+from quantkit.recovered import Recovered
+from quantkit.scheme import FLOAT
+from quantkit.sparsity import is_packable
 from quantkit.version import __version__
 
 REPORT_FILE = "quantkit_report.json"
@@ -31,7 +36,7 @@ class Report:
         model: what was compressed.
         recipe: the recipe, as in `quantkit_recipe.json`.
         format: the format on disk.
-        layers: every quantized linear layer.
+        layers: every linear layer that is quantized, or packed in float.
         left_alone: every other weight matrix, with the reason.
         copied_unused: tensors that the model doesn't use, copied as they were.
         renamed: tied tensors that were stored under their second name, to the first, under which they are written.
@@ -44,9 +49,12 @@ class Report:
         predicted_memory_bytes: what the plan said of that peak, or None.
         pruned: every linear layer of which weights were set to zero, if the recipe prunes.
         groups: what became of every smoothing group, if the recipe smooths.
+        activations: every module whose input or output is put through something new, if the recipe changes such.
+        sparsity: how much of every linear layer's input is zero, if it does and there were data.
         evaluation: what `quantkit eval` found, if asked.
         notes: what else a reader should know.
         pushed: where on the hub it lies, said by the run that sent it; `quantkit_report.json` was written before.
+        recovery: what training the float weights did, if they were trained.
     """
 
     model: str
@@ -65,10 +73,13 @@ class Report:
     predicted_memory_bytes: int | None = None
     pruned: list[PrunedReport] = field(default_factory=list)
     groups: list[GroupReport] = field(default_factory=list)
+    activations: list[ChangedActivation] = field(default_factory=list)
+    sparsity: list[SparsityReport] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     pushed: dict[str, Any] | None = None
+    recovery: Recovered | None = None
 
     @classmethod
     def of(
@@ -97,6 +108,8 @@ class Report:
             verified,
             pruned=list(done.pruned),
             groups=list(done.groups),
+            activations=list(done.activations),
+            sparsity=list(done.sparsity),
             notes=[*plan.notes, *done.notes],
             versions=versions,
         )
@@ -109,6 +122,12 @@ class Report:
         return bits / sum(weights)
 
     @property
+    def is_packed_float(self) -> bool:
+        """Whether linear layers are packed without their zeros, and not quantized."""
+        words = [layer.scheme.partition(" ") for layer in self.layers]
+        return bool(words) and all(is_packable(pattern) and rest == FLOAT for pattern, _, rest in words)
+
+    @property
     def worst(self) -> LayerReport | None:
         """The layer whose weight lost most; None when nothing is quantized."""
         return max(self.layers, key=lambda layer: layer.weight_error, default=None)
@@ -118,13 +137,20 @@ class Report:
         values = {**asdict(self), "bits_per_weight": self.bits_per_weight}
         if self.pushed is None:
             del values["pushed"]
+        if self.sparsity:
+            values |= {"sparsity": spared.to_list(self.sparsity), "decode": spared.totals(self.sparsity)}
+        if self.recovery is None:
+            del values["recovery"]
         return values
 
     def _quantized_lines(self) -> list[str]:
         if self.worst is None:
             return ["  quantized  nothing: all weights stay in float"]
+        size = f"{self.bits_per_weight:.2f} bits per weight"
+        if self.is_packed_float:
+            return [f"  packed     {len(self.layers)} linear layers in float, {size}"]
         return [
-            f"  quantized  {len(self.layers)} linear layers, {self.bits_per_weight:.2f} bits per weight",
+            f"  quantized  {len(self.layers)} linear layers, {size}",
             f"  worst      {self.worst.module}: weight error {self.worst.weight_error:.2%}",
             *self._outlier_lines(),
         ]
@@ -145,6 +171,14 @@ class Report:
             )
         return lines
 
+    def activation_lines(self) -> list[tuple[str, str]]:
+        """Lines on what is changed between linear layers and how much of their input is zero, each with its kind."""
+        changed = spared.changed_line(self.activations)
+        if changed is None:
+            return []
+        lines = [("changed", changed), *(("zeros", line) for line in spared.zeros_lines(self.sparsity))]
+        return [*lines, ("decode", spared.decode_line(self.sparsity))] if self.sparsity else lines
+
     def _outlier_lines(self) -> list[str]:
         """A line on columns of weights that stay in float; none where the scheme has no such."""
         counts = {layer: layer.outlier_columns for layer in self.layers if layer.outlier_columns is not None}
@@ -163,6 +197,8 @@ class Report:
             f"{self.model}: {', '.join(self.recipe['steps'])}, as {self.format}",
             *self._quantized_lines(),
             *(f"  pruned     {line}" for line in self.pruned_lines()),
+            *(f"  {kind:<10} {line}" for kind, line in self.activation_lines()),
+            *(f"  recovered  {line}" for line in (self.recovery.lines() if self.recovery else ())),
             f"  size       {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors ({ratio:.2f}x smaller)",
             f"  verified   {self.verified['tensors']} tensors read back from disk",
             f"  cost       {self.seconds:.1f} s, {_megabytes(self.peak_memory_bytes)} peak memory "
@@ -179,6 +215,8 @@ class Report:
             lines.append(f"  copied, though the model does not use them: {_shortened(self.copied_unused)}")
         if self.evaluation is not None:
             lines.append("  " + evaluation_line(self.evaluation))
+            if "warning" in self.evaluation:
+                lines.append(f"  warning    {self.evaluation['warning']}")
         if self.pushed is not None:
             lines.append("  pushed     " + pushed_line(self.pushed))
         return "\n".join(lines)
@@ -250,9 +288,9 @@ def model_card(report: Report, source: Source) -> str:
     front = _front_matter(report, source)
     steps = ", ".join(f"`{step}`" for step in report.recipe["steps"])
     body = [
-        f"# {_title(report, source)}, compressed",
+        f"# {_title(report.model, source)}, compressed",
         "",
-        f"Made from {_origin(report, source)} by quantkit {report.versions.get('quantkit')} with {steps}, "
+        f"Made from {_origin(report.model, source)} by quantkit {report.versions.get('quantkit')} with {steps}, "
         f"stored as {report.format}.",
         "",
         "```python",
@@ -265,17 +303,26 @@ def model_card(report: Report, source: Source) -> str:
         "| --- | --- |",
         f"| bytes of tensors | {report.bytes_before:,} before, {report.bytes_after:,} after |",
     ]
-    if report.worst is not None:
+    if report.is_packed_float:
+        body.append(f"| packed linear layers, in float | {len(report.layers)} |")
+        body.append(f"| bits per packed weight | {report.bits_per_weight:.2f} |")
+    elif report.worst is not None:
         body.append(f"| quantized linear layers | {len(report.layers)} |")
         body.append(f"| bits per quantized weight | {report.bits_per_weight:.2f} |")
         body.append(f"| largest weight error | {report.worst.weight_error:.2%} ({report.worst.module}) |")
     body += [f"| pruned | {line} |" for line in report.pruned_lines()]
+    body += [f"| {kind} | {line} |" for kind, line in report.activation_lines()]
+    body += [f"| recovered | {line} |" for line in (report.recovery.lines() if report.recovery else ())]
     if report.pruned:
         body += ["", f"What that cost in the papers: {COST}."]
+    if any(each.kind != "threshold" for each in report.activations):
+        body += ["", f"What that cost in the papers: {relu.COST}."]
     if report.evaluation is not None:
         line = evaluation_line(report.evaluation).removeprefix("evaluation ")
         body += ["", line[0].upper() + line[1:] + "."]  # capitalize() would change the data set's name
-    else:
+        if "warning" in report.evaluation:
+            body += ["", f"Warning: {report.evaluation['warning']}."]
+    elif report.recovery is None or report.recovery.perplexity is None:
         body += ["", "Not evaluated yet: `quantkit eval THIS --dataset SPEC --baseline FLOAT_MODEL`."]
     return "\n".join([*front, "---", "", *body, ""])
 
@@ -283,9 +330,9 @@ def model_card(report: Report, source: Source) -> str:
 def _front_matter(report: Report, source: Source) -> list[str]:
     """The lines of metadata, as the hub reads them, that a model card begins with."""
     front = ["---", "library_name: transformers"]
-    if _commit(report, source) is not None:
+    if _commit(report.model, source) is not None:
         front.append(f"base_model: {report.model}")
-        if report.layers:
+        if report.layers and not report.is_packed_float:
             front.append("base_model_relation: quantized")
     front += ["tags:", "- quantkit"]
     if report.layers:
@@ -293,25 +340,43 @@ def _front_matter(report: Report, source: Source) -> list[str]:
     return front + _licence(source)
 
 
-def _commit(report: Report, source: Source) -> str | None:
+def conversion_card(source: Source, form: str, facts: Mapping[str, str], notes: Sequence[str]) -> str:
+    """The README.md of a checkpoint that was only converted: what it was made from, into which format, and how."""
+    front = ["---", "library_name: transformers", "tags:", "- quantkit", f"- {form}", *_licence(source), "---"]
+    body = [
+        f"# {_title(source.name, source)}, as {form}",
+        "",
+        f"Made from {_origin(source.name, source)} by `quantkit convert` {__version__}: nothing was quantized again.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {what} | {value} |" for what, value in facts.items()),
+        *(line for note in notes for line in ("", f"{note[0].upper()}{note[1:]}.")),
+        "",
+        "Not evaluated yet: `quantkit eval THIS --dataset SPEC --baseline FLOAT_MODEL`.",
+    ]
+    return "\n".join([*front, "", *body, ""])
+
+
+def _commit(model: str, source: Source) -> str | None:
     """The commit of a model of the hub, which is the name of its folder in the cache; None for any other model."""
-    if source.folder is None or source.folder.parent.name != "snapshots" or Path(report.model).is_dir():
+    if source.folder is None or source.folder.parent.name != "snapshots" or Path(model).is_dir():
         return None
     return source.folder.name
 
 
-def _origin(report: Report, source: Source) -> str:
+def _origin(model: str, source: Source) -> str:
     """What a model was made from, without the path of a folder, which is of no use to others."""
-    commit = _commit(report, source)
-    return f"`{_title(report, source)}`" if commit is None else f"`{report.model}` (commit `{commit}`)"
+    commit = _commit(model, source)
+    return f"`{_title(model, source)}`" if commit is None else f"`{model}` (commit `{commit}`)"
 
 
-def _title(report: Report, source: Source) -> str:
+def _title(model: str, source: Source) -> str:
     """The model's own name, also where the user called it `.`, `..`, `~` or `/`."""
-    name = Path(report.model).name
+    name = Path(model).name
     if name in ("", "..", "~") and source.folder is not None:
         name = source.folder.resolve().name
-    return name or report.model
+    return name or model
 
 
 def _licence(source: Source) -> list[str]:

@@ -27,9 +27,9 @@ def log_path(output: Path) -> Path:
 class RunLog(logging.Handler):
     """Writes what happens in a run; while it is entered, what quantkit warns of as well.
 
-    Every line has `time` (UTC, ISO 8601), `event` (`start`, `resume`, `step`, `stage`, `warning`, `error`, `finish`),
-    `elapsed` (seconds of this process's run) and `peak_memory_bytes` (VmHWM); the rest depends on the event. A line is
-    written as a whole; it is not synced, which would cost more than it is worth.
+    Every line has `time` (UTC, ISO 8601), `event` (`start`, `resume`, `step`, `stage`, `memory`, `train`, `warning`,
+    `error`, `finish`), `elapsed` (seconds of this process's run) and `peak_memory_bytes` (VmHWM); the rest depends on
+    the event. A line is written as a whole; it is not synced, which would cost more than it is worth.
 
     Args:
         path: the file.

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.errors import RecipeError
+from quantkit.sparsity import is_packable, tiles_of
 
 WEIGHT_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 FOUR_BITS = ("int4", "uint4")
 """Dtypes of weights in 4 bits; `uint4` is what has zero points, and is read and not written."""
 FLOAT = "float"
 """In place of a code's dtype: the weight's own dtype. Such weights are not quantized, only packed for their zeros."""
-SPARSITIES = (None, "2:4")
 WEIGHT_RANGES = ("absmax", "mse")
 WEIGHT_GRANULARITIES = ("row", "tensor", "block")
 ACTIVATIONS = ("token", "tensor", "tensor-static", "group")
@@ -46,7 +46,8 @@ class Scheme:
         threshold: None, or where LLM.int8 begins: features in which any token reaches it stay in float.
         outlier_columns: None, or with a threshold how many columns of the weight lie in float beside the codes: those
             in which calibration data reached it. 0 where nothing was counted yet, as in a recipe.
-        sparsity: None, or `2:4` where two of every four neighbours along K are zero and are not stored.
+        sparsity: None, or `2:4` where two of every four neighbours along K are zero and are not stored; or a pattern
+            V:2:M such as `64:2:8`, of which only what it keeps is stored, too (see `sparsity`).
     """
 
     weight_dtype: str
@@ -137,11 +138,13 @@ class Scheme:
             )
 
     def _check_sparsity(self) -> None:
-        if self.sparsity not in SPARSITIES:
-            raise RecipeError(f"sparsity {self.sparsity!r} is unknown; use 2:4, or leave it out")
+        if self.sparsity is not None and not is_packable(self.sparsity):
+            raise RecipeError(
+                f"sparsity {self.sparsity!r} is unknown; use 2:4 or V:2:M such as 64:2:8, or leave it out"
+            )
         if self.sparsity is not None and (self.outlier_columns is not None or self.weight_dtype == "uint4"):
             what = "zero points" if self.weight_dtype == "uint4" else "outlier columns in float"
-            raise RecipeError(f"2:4 sparse weights with {what} are not packed here; leave one of both out")
+            raise RecipeError(f"{self.sparsity} sparse weights with {what} are not packed here; leave one of both out")
         plain = Scheme.__dataclass_fields__
         alike = all(getattr(self, name) == plain[name].default for name in ("weight_range", "weight_granularity"))
         scaled = self.group_size is not None or self.activation_dtype is not None or not alike
@@ -155,6 +158,15 @@ class Scheme:
     def is_float(self) -> bool:
         """Whether weights are in float, without a scale: they are packed, and not quantized."""
         return self.weight_dtype == FLOAT
+
+    @property
+    def tiles(self) -> tuple[int, int] | None:
+        """V and M where weights are packed by V:2:M, or None."""
+        return tiles_of(self.sparsity)
+
+    def shared_columns(self, in_features: int) -> int:
+        """Of how many columns the indices of a packed weight speak: all K by 2:4, and by V:2:M 4 of every M."""
+        return in_features if self.tiles is None else 4 * (in_features // self.tiles[1])
 
     @property
     def bits(self) -> int:

@@ -105,9 +105,8 @@ def settle(model: nn.Module) -> int:
             continue
         found += 1
         for leaf, spec in layer.stored.items():
-            value = layer._parameters.pop(leaf, None)
-            value = layer._buffers.get(leaf) if value is None else value.detach()
-            assert value is not None
+            read: Any = layer._parameters.pop(leaf, None)
+            value: Any = layer._buffers.get(leaf) if read is None else read.detach()
             value = value.to_local() if isinstance(value, DTensor) else value
             if leaf in SIZES:
                 value = torch.tensor([layer.out_features, layer.in_features], dtype=spec.dtype).view(spec.shape)

@@ -95,7 +95,7 @@ def choose_targets(
     for candidate in candidates:
         for key in candidate.keys if reasons[candidate.name] is None else ():
             members.setdefault(key, []).append(candidate)
-    targets = {key: _target(source, scheme, key, sharers) for key, sharers in members.items()}
+    targets = {key: target_of(source, scheme, key, sharers) for key, sharers in members.items()}
     _refuse_indivisible(list(targets.values()), scheme)
     return chosen, targets
 
@@ -119,7 +119,7 @@ def choose_pruned(
     found = dict(reasons)
     if recipe.observes_pruning:
         for candidate in candidates:
-            found[candidate.name] = found[candidate.name] or _unobserved(candidate, findings)
+            found[candidate.name] = found[candidate.name] or unobserved(candidate, findings)
     _leave_partners(names, candidates, found, "isn't pruned")
     chosen = tuple(candidate for candidate in candidates if found[candidate.name] is None)
     if not chosen:
@@ -130,7 +130,7 @@ def choose_pruned(
         )
     pattern = pattern_of(step.parameters["pattern"])
     if isinstance(pattern, tuple):
-        _refuse_ungrouped(chosen, pattern[1])
+        _refuse_ungrouped(chosen, pattern[-1])
     return chosen, found
 
 
@@ -193,9 +193,9 @@ def _by_row(scheme: Scheme) -> bool:
 
 def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings: Findings) -> str | None:
     """Why this format or scheme can't take a candidate, or None."""
-    unobserved = _unobserved(candidate, findings) if scheme.needs_data else None
-    if unobserved is not None:
-        return unobserved
+    unseen = unobserved(candidate, findings) if scheme.needs_data else None
+    if unseen is not None:
+        return unseen
     if candidate.converted and (scheme.weight_granularity != "row" or scheme.outlier_columns is not None):
         return "is merged or split while it is loaded, and only scales by row go along"
     if not candidate.experts:
@@ -213,7 +213,7 @@ def _against(candidate: Candidate, scheme: Scheme, layout: ModuleType, findings:
     return None
 
 
-def _unobserved(candidate: Candidate, findings: Findings) -> str | None:
+def unobserved(candidate: Candidate, findings: Findings) -> str | None:
     """Why calibration sees nothing of what meets a candidate, or None."""
     if not candidate.name.startswith(f"{findings.blocks}."):
         return "lies outside of the blocks, where no activation is observed"
@@ -234,7 +234,7 @@ def _against_linear(candidate: Candidate, layout: ModuleType) -> str | None:
     return None if odd is None else f"is stored as {odd!r}, whose name has no place for a scale beside a weight"
 
 
-def _target(source: Source, scheme: Scheme, key: str, members: Sequence[Candidate]) -> Target:
+def target_of(source: Source, scheme: Scheme, key: str, members: Sequence[Candidate]) -> Target:
     """The target of a key that these candidates are made of."""
     first, info = members[0], source.weights.tensors[key]
     transposed = first.keys[key]

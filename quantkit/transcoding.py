@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from quantkit import formats
+from quantkit.activations import Activations, remembered
 from quantkit.checkpoint import Hub, Source, Tensors, compressed_as, linears, open_folder, read_config
 from quantkit.dequantization import dequantized
-from quantkit.durable import write_error, write_json
+from quantkit.durable import write_error, write_json, write_text
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.hf import put_layers, quantized_layers
 from quantkit.identity import identity
@@ -29,6 +30,7 @@ from quantkit.modules import QuantizedLinear
 from quantkit.naming import float_layout, names_of
 from quantkit.output import partial_folder, refuse_existing, refuse_full_disk
 from quantkit.progress import track
+from quantkit.report import conversion_card
 from quantkit.scheme import FLOAT, Scheme
 from quantkit.shards import ShardReader, ShardWriter
 from quantkit.version import __version__
@@ -69,6 +71,18 @@ class Conversion:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    def facts(self) -> dict[str, str]:
+        """What a model card says of it, by a word for each."""
+        layers = {f"layers: {change}": str(count) for change, count in self.schemes.items()}
+        return {
+            "was": self.was,
+            "bytes of tensors": f"{self.bytes_before:,} before, {self.bytes_after:,} after",
+        } | layers
+
+    def card(self, source: Source) -> str:
+        """The result's model card."""
+        return conversion_card(source, "float" if self.now == DENSE else self.now, self.facts(), self.notes)
 
     def to_text(self) -> str:
         """A few lines."""
@@ -149,6 +163,12 @@ def convert(
     if to == DENSE and activations != "same":
         raise RecipeError(f"--activations {activations} says nothing of a float checkpoint; leave it out")
     source = open_folder(model, hub, _as_float if to == DENSE else _as_it_is)
+    recorded = remembered(source.skeleton)
+    if recorded and to not in (DENSE, formats.native.NAME):
+        raise CheckpointError(
+            f"{source.name} says what is done to its activations, which {to} cannot; convert it --to "
+            f"{formats.native.NAME} or {DENSE}"
+        )
     work = _dense(source) if to == DENSE else _Transcoding(source, formats.FORMATS[to], activations)
     refuse_full_disk(target, work.done.bytes_before * (4 if to == DENSE else 2))
     with partial_folder(target, {"convert": identity(source), "to": to, "version": __version__}) as folder:
@@ -158,13 +178,23 @@ def convert(
             writer.flush()
         writer.finish()
         work.done.bytes_after = writer.nbytes
-        write_json(folder / "config.json", work.config())
+        write_json(folder / "config.json", _with_activations(work.config(), recorded))
         _copy(source, folder)
         work.check(folder)
         write_json(folder / RECORD, work.done.to_dict() | {"quantkit": __version__})
+        write_text(folder / "README.md", work.done.card(source))
     for note in work.done.notes:
         log.warning("%s", note)
     return work.done
+
+
+def _with_activations(config: dict[str, Any], recorded: Activations) -> dict[str, Any]:
+    """A config that also says what is done to activations, where there is something to say."""
+    if not recorded:
+        return config
+    return config | {
+        "quantization_config": formats.native.with_activations(config.get("quantization_config"), recorded)
+    }
 
 
 def _as_it_is(source: Source) -> tuple[Tensors, dict[str, Any]]:
@@ -332,7 +362,8 @@ class _Transcoding(_Work):
         scheme = self._scheme_for(layer)
         stored: dict[str, torch.Tensor] | None = None
         if self.layout is formats.native:
-            sparse = Scheme(FLOAT, sparsity="2:4") if scheme is None else replace(scheme, sparsity="2:4")
+            pattern = (layer.scheme.sparsity if layer.scheme is not None else None) or "2:4"
+            sparse = Scheme(FLOAT, sparsity=pattern) if scheme is None else replace(scheme, sparsity=pattern)
             stored = self._packed(sparse, codes, scale, static)
             scheme = scheme if stored is None else sparse
         was = "float" if layer.scheme is None else layer.scheme.label
@@ -397,8 +428,7 @@ class _Transcoding(_Work):
         """One config of several that each are of some of the modules."""
         first, *others = configs
         if self.layout is formats.native:
-            groups = [group for each in configs for group in each["groups"]]
-            return first | {"version": max(each["version"] for each in configs), "groups": groups}
+            return formats.native.joined(configs)
         if self.layout is formats.bitsandbytes:
             if others:
                 raise RecipeError("layers of this checkpoint have several thresholds, and bitsandbytes has one")

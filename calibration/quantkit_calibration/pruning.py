@@ -6,7 +6,9 @@ columns are gone through from the left; what is lost of column k is made up for 
 brain surgeon has it, and what is pruned is what can be made up for best.
 
 A pattern is (2, 4): of every 4 elements along K 2 are kept, exactly, whatever their values; or 0.5: this share of the
-elements goes. Of equal scores the element that comes first stays.
+elements goes; or (64, 2, 8), which is V:N:M (Castro et al. 2023, arXiv:2310.02065): of every 8 columns those 4 stay
+whose scores over 64 rows have the largest sum, and of these 4 in each row 2. Of equal scores the element that comes
+first stays.
 """
 
 from collections.abc import Iterator
@@ -15,10 +17,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-Pattern = tuple[int, int] | float
+Pattern = tuple[int, int] | tuple[int, int, int] | float
 
 COLUMNS = 128
 """Columns of a SparseGPT block: the columns after it are updated once for all of them."""
+TILE = 4
+"""Columns that are kept of every M by V:N:M."""
 ELEMENTS = 2**18
 """About so many elements are compared with one another at a time."""
 
@@ -27,7 +31,7 @@ def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
     """Bool [N, K], True where an element is kept: those of largest |W|, in groups along K or of the whole weight."""
     scores = weight.abs()
     if isinstance(pattern, tuple):
-        return kept_of_groups(scores, *pattern)
+        return _of_rows(scores, pattern)
     return kept_of_rows(scores.reshape(1, -1), pattern).view(weight.shape)
 
 
@@ -40,12 +44,37 @@ def wanda(weight: Tensor, norms: Tensor, pattern: Pattern) -> Tensor:
         pattern: see the module.
     """
     norms = norms.to(weight.device)
-    kept = [_of_rows(rows.abs().float() * norms.float(), pattern) for rows in torch.split(weight, _rows(weight))]
-    return torch.cat(kept)
+    together = pattern[0] if isinstance(pattern, tuple) and len(pattern) == 3 else 1  # rows that belong together
+    parts = torch.split(weight, -(-_rows(weight) // together) * together)
+    return torch.cat([_of_rows(rows.abs().float() * norms.float(), pattern) for rows in parts])
 
 
 def _of_rows(scores: Tensor, pattern: Pattern) -> Tensor:
-    return kept_of_groups(scores, *pattern) if isinstance(pattern, tuple) else kept_of_rows(scores, pattern)
+    if not isinstance(pattern, tuple):
+        return kept_of_rows(scores, pattern)
+    return kept_of_tiles(scores, *pattern) if len(pattern) == 3 else kept_of_groups(scores, *pattern)
+
+
+def kept_of_tiles(scores: Tensor, v: int, keep: int, of: int) -> Tensor:
+    """Bool [N, K], True for what V:N:M keeps: `keep` of every row's `of` scores, from four columns that V rows share.
+
+    The four are those with the largest sums, in float64, over the V rows (the last rows may be fewer).
+
+    Raises ValueError when `of` doesn't divide K.
+    """
+    if scores.shape[-1] % of:
+        raise ValueError(f"tiles of {of} columns do not divide {scores.shape[-1]} features")
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    step = -(-_rows(scores) // v) * v
+    for start in range(0, len(scores), step):
+        rows = scores[start : start + step].unflatten(1, (-1, of))  # type: ignore[no-untyped-call]
+        block = torch.arange(len(rows), device=scores.device) // v
+        sums = rows.new_zeros((int(block[-1]) + 1, *rows.shape[1:]), dtype=torch.float64)
+        sums.index_add_(0, block, rows.double())
+        columns = sums.sort(dim=-1, descending=True, stable=True).indices[..., :TILE].sort(dim=-1).values[block]
+        chosen = _largest(rows.gather(2, columns), keep)
+        kept[start : start + step] = torch.zeros_like(rows, dtype=torch.bool).scatter_(2, columns, chosen).flatten(1)
+    return kept
 
 
 def kept_of_groups(scores: Tensor, keep: int, of: int) -> Tensor:
@@ -113,8 +142,9 @@ def inverse_factor(gram: Tensor, dampening: float) -> Tensor:
 def sparsegpt(weight: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
     """float32 [N, K]: the pruned weight, what is kept of it changed so that it makes up for what isn't.
 
-    What is kept is chosen by W^2 / diag(U)^2 on the weight as it is by then: in groups of (2, 4) when the group is
-    reached, over a block of 128 columns and all rows otherwise (algorithm 1 of the paper, and its section 3.3).
+    What is kept is chosen by W^2 / diag(U)^2 on the weight as it is by then: in groups of (2, 4), and in the M columns
+    of V:N:M, when the group is reached, over a block of 128 columns and all rows otherwise (algorithm 1 of the paper,
+    and its section 3.3).
 
     Args:
         weight: [N, K].
@@ -122,8 +152,10 @@ def sparsegpt(weight: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
         pattern: see the module.
     """
     columns = weight.float().t().contiguous()  # [K, N]: a column is a run of memory
-    for start in range(0, len(columns), COLUMNS):
-        part, stop = columns[start : start + COLUMNS], start + COLUMNS
+    group = pattern[-1] if isinstance(pattern, tuple) else 1
+    width = max(1, COLUMNS // group) * group  # no group lies in two blocks
+    for start in range(0, len(columns), width):
+        part, stop = columns[start : start + width], start + width
         errors = _block(part, factor[start:stop, start:stop], pattern)
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     return columns.t()
@@ -137,9 +169,9 @@ def _block(part: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
         scores = (part / diagonal).square().t()
         kept = kept_of_rows(scores.reshape(1, -1), pattern).view(scores.shape).t()
     for column in range(len(part)):
-        if isinstance(pattern, tuple) and column % pattern[1] == 0:
-            group = slice(column, column + pattern[1])
-            kept[group] = kept_of_groups((part[group] / diagonal[group]).square().t().contiguous(), *pattern).t()
+        if isinstance(pattern, tuple) and column % pattern[-1] == 0:
+            group = slice(column, column + pattern[-1])
+            kept[group] = _of_rows((part[group] / diagonal[group]).square().t().contiguous(), pattern).t()
         gone = ~kept[column]
         errors[column] = torch.where(gone, part[column], 0.0) / diagonal[column]
         part[column].masked_fill_(gone, 0.0)

@@ -15,6 +15,7 @@ Set ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI to see a processor that multiplies int8 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,9 +31,12 @@ from quantkit_kernels.benchmarks.cases import (
     by_group,
     by_tensor,
     by_token,
+    coded,
     floats,
     linear_cases,
     llm_int8,
+    product_with,
+    pruned,
     rotated,
 )
 from quantkit_kernels.benchmarks.cases import decoded as decoded_rows
@@ -42,6 +46,7 @@ from torch import Tensor
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632), (1024, 1024), (2816, 1024))
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 REORDERED = "int4 weights, reordered"
 """What a loaded model does with few tokens in bfloat16, the only dtype that it is measured in."""
 
@@ -81,6 +86,23 @@ def reordered(given: Callable[[Tensor, Tensor, Tensor], Given]) -> Case:
     )
 
 
+def kept_sparse(name: str) -> Case:
+    """Return the case of a 2:4 weight that is kept as it was unpacked and decoded; the name of codes, or none."""
+    dtype = CODES.get(name, torch.int8)
+
+    def prepare(x: Tensor, weight: Tensor) -> Operands:
+        codes, scale, _ = coded(pruned(weight), name)
+        one = torch.ones(len(codes), 1) if scale is None else scale
+        return x, decoded.decode_weight("linear_sparse24", codes, one, x.dtype), one, codes, scale
+
+    return Case(
+        prepare,
+        lambda x, weight, one, codes, scale: decoded.linear("linear_sparse24", x, weight, dtype, one, None, None),
+        lambda x, weight, one, codes, scale: product_with(x, codes, scale),
+        reads=3,
+    )
+
+
 def low(x: Tensor) -> int:
     """Return how many roundings to x's dtype a sum of decoded codes is given."""
     return 2 if x.dtype == torch.bfloat16 else 1
@@ -111,6 +133,10 @@ def cases() -> dict[str, Case]:
         "int4 weights, kept": kept("linear_weight_only_packed", "int4", weights),
         "int8 weights, kept": kept("linear_weight_only", "int8", weights),
         "fp8 weights, kept": kept("linear_weight_only", "fp8", weights),
+        "2:4 weights, kept": kept_sparse(""),
+        "2:4 int8 weights, kept": kept_sparse("int8"),
+        "2:4 fp8 weights, kept": kept_sparse("fp8"),
+        "2:4 int4 weights, kept": kept_sparse("int4"),
         f"llm-int8, {OUTLIERS} outliers": llm_int8(OUTLIERS),
     }
     return found
@@ -136,7 +162,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
                     wrong.append(name)
                     continue
                 runs[name] = rotated(case, operands, options.cache_bytes)
-            taken = seconds(runs, options.seconds, options.rounds)
+            taken = seconds(runs, options.seconds, options.rounds, CLOCKS[options.clock])
             least = {name: min(each) for name, each in taken.items()}
             float_seconds = min(least["float32"], least["bfloat16"])
             sys.stdout.write(f"\n{out_features} x {in_features}, tokens {tokens}, {options.cache}\n")
@@ -175,6 +201,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", help="names as in the table; all by default")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the activations")
     parser.add_argument("--cache", choices=("hot", "cold"), default="hot")
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall", help="process: of one thread, on a machine that is not idle"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="at most, for each line")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write, or add to, a file of records")
@@ -187,7 +216,7 @@ def main() -> None:
     """Measure, and write the records where asked for."""
     options = arguments()
     torch.manual_seed(0)
-    here = machine()
+    here = machine() | {"clock": options.clock}
     sys.stdout.write(json.dumps(here) + "\n")
     with torch.inference_mode():
         records = measure(options)

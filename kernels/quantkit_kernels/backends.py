@@ -21,6 +21,10 @@ BACKENDS = ("auto", "torch", "triton")
 
 _QUANTIZED = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2})
 
+_ROWS = frozenset({torch.int8, torch.float32, torch.bfloat16, torch.float16})
+
+_SPARSE = _QUANTIZED | {torch.int32, torch.float32, torch.bfloat16, torch.float16}
+
 TRITON_KERNELS: dict[str, frozenset[torch.dtype]] = {
     "quantize_per_token": _QUANTIZED,
     "quantize_per_tensor": _QUANTIZED,
@@ -36,8 +40,12 @@ TRITON_KERNELS: dict[str, frozenset[torch.dtype]] = {
     "linear_weight_only": _QUANTIZED,
     "linear_weight_only_packed": frozenset({torch.int32}),
     "dequantize": _QUANTIZED,
+    "linear_sparse24": _SPARSE,
+    "linear_venom": _SPARSE,
+    "linear_sparse_input": _ROWS,
+    "mlp_sparse": _ROWS,
 }
-"""For each op the quantized dtypes that a Triton kernel exists for."""
+"""For each op the dtypes of weights, quantized or not, that a Triton kernel exists for."""
 
 FP8_PRODUCTS = frozenset({"scaled_mm", "linear_dynamic", "linear_tensor", "linear_block"})
 """Ops whose Triton kernels multiply fp8 codes by fp8 codes, which needs tensor cores of sm_89 or later."""
@@ -53,6 +61,9 @@ CPU_PATHS = frozenset(
         "linear_weight_only",
         "linear_weight_only_packed",
         "linear_sparse24",
+        "linear_venom",
+        "linear_sparse_input",
+        "mlp_sparse",
     }
 )
 """Ops with an implementation of their own for the CPU; the others run the generic torch one there."""

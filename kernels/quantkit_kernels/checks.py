@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from quantkit_kernels import formats, generic, sparse24
+from quantkit_kernels import formats, generic, sparse24, venom
 from quantkit_kernels.errors import KernelError
 
 
@@ -184,23 +184,105 @@ def linear_sparse24(
     if x.ndim < 1 or in_features % sparse24.GROUP:
         raise KernelError(f"x is {_shape(x)}: expected [..., K], and 2:4 needs a K that 4 divides")
     _check_x(x, in_features)
+    _check_sparse(x, values, indices, weight_scale, bias, in_features)
+    _check_devices(x, values, indices, weight_scale, bias)
+
+
+def linear_venom(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    columns: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    v: int,
+    m: int,
+) -> None:
+    """Raise KernelError unless `ops.linear_venom` can run; what indices and columns are is not looked at."""
+    in_features = x.shape[-1] if x.ndim else 0
+    try:
+        venom.check_pattern(in_features, v, m)
+    except ValueError as error:
+        raise KernelError(f"x is {_shape(x)}, and {error}") from error
+    _check_x(x, in_features)
+    kept = in_features // m * venom.KEPT
+    _check_sparse(x, values, indices, weight_scale, bias, kept)
+    expected = (venom.row_blocks(values.shape[0], v), kept)
+    if columns.dtype != torch.uint8 or columns.shape != expected:
+        raise KernelError(f"columns are {_shape(columns)}: expected torch.uint8 {list(expected)}")
+    _check_devices(x, values, indices, columns, weight_scale, bias)
+
+
+def _check_sparse(
+    x: Tensor, values: Tensor, indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None, kept: int
+) -> None:
+    """Raise KernelError unless values, indices, scale and bias are those of a 2:4 weight with `kept` in features."""
     packed = values.dtype == torch.int32
-    width = formats.packed_words(in_features // 2, 4) if packed else in_features // 2
+    width = formats.packed_words(kept // 2, 4) if packed else kept // 2
     known = packed or values.dtype in sparse24.VALUE_DTYPES
     if not known or values.ndim != 2 or values.shape[1] != width:
         raise KernelError(
-            f"values are {_shape(values)}: expected [N, {in_features // 2}] in float, int8 or fp8, or torch.int32 "
-            f"[N, {formats.packed_words(in_features // 2, 4)}] of codes of 4 bits, for x {_shape(x)}"
+            f"values are {_shape(values)}: expected [N, {kept // 2}] in float, int8 or fp8, or torch.int32 "
+            f"[N, {formats.packed_words(kept // 2, 4)}] of codes of 4 bits, for x {_shape(x)}"
         )
-    expected = (values.shape[0], sparse24.index_words(in_features))
+    expected = (values.shape[0], sparse24.index_words(kept))
     if indices.dtype != torch.int32 or indices.shape != expected:
         raise KernelError(f"indices are {_shape(indices)}: expected torch.int32 {list(expected)}")
     if (weight_scale is None) != (values.dtype in formats.FLOAT_DTYPES):
         raise KernelError(f"values are {values.dtype}: a weight_scale goes with codes, and None with values in float")
     if weight_scale is not None:
-        _check_groups(weight_scale, values.shape[0], in_features)
+        _check_groups(weight_scale, values.shape[0], x.shape[-1])
     _check_bias(bias, values.shape[0])
-    _check_devices(x, values, indices, weight_scale, bias)
+
+
+def linear_sparse_input(x: Tensor, weight_t: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> None:
+    """Raise KernelError unless `ops.linear_sparse_input` can run."""
+    _check_rows("weight_t", weight_t, "[K, N]")
+    _check_x(x, weight_t.shape[0])
+    _check_row_scale("weight_scale", weight_scale, weight_t, weight_t.shape[1])
+    _check_bias(bias, weight_t.shape[1])
+    _check_devices(x, weight_t, weight_scale, bias)
+
+
+def mlp_sparse(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    up_scale: Tensor | None,
+    up_bias: Tensor | None,
+    down_t: Tensor,
+    down_scale: Tensor | None,
+    down_bias: Tensor | None,
+) -> None:
+    """Raise KernelError unless `ops.mlp_sparse` can run."""
+    _check_rows("up", up, "[I, K]")
+    _check_rows("down_t", down_t, "[I, N]")
+    if down_t.dtype != up.dtype or down_t.shape[0] != up.shape[0]:
+        raise KernelError(f"up is {_shape(up)} and down_t {_shape(down_t)}: expected one dtype and as many rows")
+    _check_x(x, up.shape[1])
+    if gate.dtype != x.dtype or gate.shape != (*x.shape[:-1], up.shape[0]):
+        raise KernelError(
+            f"gate is {_shape(gate)}: expected {x.dtype} {[*x.shape[:-1], up.shape[0]]} for x {_shape(x)}"
+        )
+    _check_row_scale("up_scale", up_scale, up, up.shape[0])
+    _check_row_scale("down_scale", down_scale, down_t, down_t.shape[1])
+    _check_bias(up_bias, up.shape[0])
+    _check_bias(down_bias, down_t.shape[1])
+    _check_devices(x, gate, up, up_scale, up_bias, down_t, down_scale, down_bias)
+
+
+def _check_rows(name: str, weight: Tensor, expected: str) -> None:
+    """Raise KernelError unless the weight is one that rows can be read of."""
+    if weight.ndim != 2 or weight.dtype not in (*formats.FLOAT_DTYPES, torch.int8):
+        raise KernelError(f"{name} is {_shape(weight)}: expected {expected} in float32, bfloat16, float16 or int8")
+
+
+def _check_row_scale(name: str, scale: Tensor | None, weight: Tensor, out_features: int) -> None:
+    """Raise KernelError unless int8 has a scale for each out feature, and floats have none."""
+    if (scale is None) != (weight.dtype != torch.int8):
+        raise KernelError(f"the weight is {weight.dtype}: {name} goes with int8, and None with floats")
+    if scale is not None:
+        _check_scale(scale, (out_features, 1))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -99,9 +99,43 @@ def linear_sparse24(
     for start in range(0, values.shape[0], step):
         part = slice(start, start + step)
         codes = generic.sparse24_codes(values[part], indices[part], x.shape[-1])
-        weight = codes.to(x.dtype) if weight_scale is None else decoded_rows(codes, weight_scale[part], x.dtype)
-        out[:, part] = F.linear(tokens, weight, None if bias is None else bias[part])
+        scale = None if weight_scale is None else weight_scale[part]
+        out[:, part] = _with_unpacked(tokens, codes, scale, None if bias is None else bias[part])
     return out.view(*x.shape[:-1], values.shape[0])
+
+
+def linear_venom(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    columns: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    v: int,
+    m: int,
+) -> Tensor:
+    """Return `linear_weight_only` of a packed V:N:M weight, [..., N] in x's dtype: some row blocks at a time."""
+    tokens = generic.tokens(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    blocks = max(1, _DECODED_ELEMENTS // max(1, v * x.shape[-1]))
+    out = torch.empty((tokens.shape[0], values.shape[0]), dtype=x.dtype)
+    for block in range(0, columns.shape[0], blocks):
+        part = slice(block * v, (block + blocks) * v)
+        of_part = values[part], indices[part], columns[block : block + blocks]
+        codes = generic.venom_codes(*of_part, x.shape[-1], v, m)
+        scale = None if weight_scale is None else weight_scale[part]
+        out[:, part] = _with_unpacked(tokens, codes, scale, None if bias is None else bias[part])
+    return out.view(*x.shape[:-1], values.shape[0])
+
+
+def _with_unpacked(x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return x @ W.T + bias, [M, N] in x's dtype, for codes [N, K] with scales, or a weight in float without."""
+    if scale is None:
+        return F.linear(x, codes.to(x.dtype), bias)
+    if codes.dtype == torch.int8 and _has_int8_kernel(x, scale):
+        out = torch._weight_int8pack_mm(x.contiguous(), codes, scale.reshape(-1))
+        return out if bias is None else out.add_(bias)
+    return F.linear(x, decoded_rows(codes, scale, x.dtype), bias)
 
 
 def _has_int8_kernel(x: Tensor, weight_scale: Tensor) -> bool:

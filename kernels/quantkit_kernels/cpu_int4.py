@@ -44,10 +44,11 @@ def repack(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         codes: [N, K], int8 from -8 to 7.
         scale: [N, G], such that `group_size` takes it.
     """
-    size = group_size(*codes.shape, scale)
+    out_features, in_features = codes.shape
+    size = group_size(out_features, in_features, scale)
     assert size is not None, f"{list(codes.shape)} with scales {scale.dtype} {list(scale.shape)}"
-    parts = [torch._convert_weight_to_int4pack_for_cpu(part.int() + 8, 1) for part in codes.split(_PART)]
-    spread = scale.expand(-1, codes.shape[1] // size) if scale.shape[1] == 1 else scale
+    parts = [torch._convert_weight_to_int4pack_for_cpu(part.int() + 8, 1) for part in torch.split(codes, _PART)]
+    spread = scale.expand(-1, in_features // size) if scale.shape[1] == 1 else scale
     return torch.cat(parts), torch.stack([spread.t(), torch.zeros_like(spread.t())], dim=-1).contiguous()
 
 

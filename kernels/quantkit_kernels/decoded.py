@@ -18,7 +18,7 @@ from quantkit_kernels.backends import count
 
 _FEW = 4096
 
-WEIGHTS_ALONE = ("linear_weight_only", "linear_weight_only_packed", "linear_sparse24")
+WEIGHTS_ALONE = ("linear_weight_only", "linear_weight_only_packed", "linear_sparse24", "linear_venom")
 """The ops whose activations stay in float."""
 
 
@@ -38,12 +38,12 @@ def decode_weight(op: str, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> 
 
     Args:
         op: name of the op.
-        codes: [N, K], int8 or fp8, not packed into words; any strides. For `linear_sparse24` also float.
+        codes: [N, K], int8 or fp8, not packed into words; any strides. For sparse weights also float.
         scale: as the op takes it.
         dtype: float32, bfloat16 or float16.
     """
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    if op == "linear_sparse24" and codes.dtype in formats.FLOAT_DTYPES:
+    if op in ("linear_sparse24", "linear_venom") and codes.dtype in formats.FLOAT_DTYPES:
         weight = codes.to(dtype)
     elif op in WEIGHTS_ALONE:
         weight = cpu_decoding.decoded_rows(codes, scale, dtype)

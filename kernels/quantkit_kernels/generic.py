@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantkit_kernels import formats, sparse24
+from quantkit_kernels import formats, sparse24, venom
 from quantkit_kernels.errors import KernelError
 
 ScaledProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
@@ -95,10 +95,61 @@ def linear_sparse24(
     x: Tensor, values: Tensor, indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """Return `linear_weight_only` of the unpacked weight, [..., N] in x's dtype."""
-    weight = sparse24_codes(values, indices, x.shape[-1])
+    return _linear_unpacked(x, sparse24_codes(values, indices, x.shape[-1]), weight_scale, bias)
+
+
+def venom_codes(values: Tensor, indices: Tensor, columns: Tensor, in_features: int, v: int, m: int) -> Tensor:
+    """Return the codes [N, K], or the weight in float, of a packed V:N:M weight as `ops.linear_venom` takes it."""
+    take = venom.unpack_int4 if values.dtype == torch.int32 else venom.unpack
+    return take(values, indices, columns, in_features, v, m)
+
+
+def linear_venom(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    columns: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    v: int,
+    m: int,
+) -> Tensor:
+    """Return `linear_weight_only` of the unpacked weight, [..., N] in x's dtype."""
+    return _linear_unpacked(x, venom_codes(values, indices, columns, x.shape[-1], v, m), weight_scale, bias)
+
+
+def _linear_unpacked(x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return `linear_weight_only`, or with no scale the product with a weight in float that is cast to x's dtype."""
     if weight_scale is not None:
         return linear_weight_only(x, weight, weight_scale, bias)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linear_sparse_input(x: Tensor, weight_t: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return x @ (weight_t * scale) + bias, [..., N] in x's dtype: all rows of [K, N], those that meet zeros as well.
+
+    Codes meet x in bfloat16 where x has it, else in float32, since their sums go beyond float16's range.
+    """
+    if weight_scale is None:
+        return torch.nn.functional.linear(x, weight_t.t().to(x.dtype), None if bias is None else bias.to(x.dtype))
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    out = (x.to(dtype) @ weight_t.to(dtype)).float() * weight_scale.float().view(-1)
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def mlp_sparse(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    up_scale: Tensor | None,
+    up_bias: Tensor | None,
+    down_t: Tensor,
+    down_scale: Tensor | None,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """Return the gated MLP's output [..., N] in x's dtype, from all neurons."""
+    hidden = linear_sparse_input(x, up.t(), up_scale, up_bias) * gate
+    return linear_sparse_input(hidden, down_t, down_scale, down_bias)
 
 
 def linear_dynamic(

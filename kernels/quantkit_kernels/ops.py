@@ -13,7 +13,10 @@
 | linear_grouped | expert by expert | likewise | gpu/grouped.py |
 | linear_weight_only | decode, then F.linear | `torch._weight_int8pack_mm`, or in parts | gpu/weight_only.py |
 | linear_weight_only_packed | unpack, decode, then F.linear | likewise | gpu/weight_only.py |
-| linear_sparse24 | unpack, decode, then F.linear | in parts | - |
+| linear_sparse24 | unpack, decode, then F.linear | in parts | gpu/sparse24.py |
+| linear_venom | unpack, decode, then F.linear | in parts | gpu/sparse24.py |
+| linear_sparse_input | all rows | the rows that are needed, or all | gpu/skipping.py |
+| mlp_sparse | all neurons | those with a gate, or all | gpu/skipping.py |
 
 M tokens, K in features, N out features, G scales a row. Quantized weights are [N, K] with codes of int8 or
 fp8, or packed into int32 words along K. Tensors may have any strides: a weight that is stored [K, N] is passed
@@ -44,7 +47,8 @@ from quantkit_kernels.ops_quantization import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from quantkit_kernels.ops_sparse24 import linear_sparse24
+from quantkit_kernels.ops_skipping import linear_sparse_input, mlp_sparse
+from quantkit_kernels.ops_sparse24 import linear_sparse24, linear_venom
 from quantkit_kernels.registration import linear_fake, register
 
 __all__ = [
@@ -55,9 +59,12 @@ __all__ = [
     "linear_grouped",
     "linear_llm_int8",
     "linear_sparse24",
+    "linear_sparse_input",
     "linear_tensor",
+    "linear_venom",
     "linear_weight_only",
     "linear_weight_only_packed",
+    "mlp_sparse",
     "quantize_per_group",
     "quantize_per_tensor",
     "quantize_per_token",

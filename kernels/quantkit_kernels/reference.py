@@ -239,11 +239,75 @@ def linear_sparse24(
     x: Tensor, values: Tensor, indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """Return the output [..., N] in float64 for a packed 2:4 weight decoded to x's dtype and the bias cast to it."""
-    weight = unpack_sparse24(values, indices, x.shape[-1])
+    return _unpacked_product(x, unpack_sparse24(values, indices, x.shape[-1]), weight_scale, bias)
+
+
+def unpack_venom(values: Tensor, indices: Tensor, columns: Tensor, in_features: int, v: int, m: int) -> Tensor:
+    """Return the weight [N, K] of packed V:N:M values in float64, number by number."""
+    gathered = unpack_sparse24(values, indices, in_features // m * 4)
+    weight = torch.zeros((len(gathered), in_features), dtype=torch.float64)
+    for n, numbers in enumerate(gathered.tolist()):
+        of_block = columns[n // v].tolist()
+        for k, number in enumerate(numbers):
+            weight[n, k // 4 * m + of_block[k]] = number
+    return weight
+
+
+def linear_venom(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    columns: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    v: int,
+    m: int,
+) -> Tensor:
+    """Return the output [..., N] in float64 for a packed V:N:M weight decoded to x's dtype and the bias cast to it."""
+    return _unpacked_product(x, unpack_venom(values, indices, columns, x.shape[-1], v, m), weight_scale, bias)
+
+
+def _unpacked_product(x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return the output [..., N] in float64 for codes with scales, or a weight in float and none."""
     if weight_scale is not None:
         return linear_weight_only(x, weight, weight_scale, bias)
     out = x.double() @ weight.to(x.dtype).double().T
     return out if bias is None else out + bias.to(x.dtype).double()
+
+
+def linear_sparse_input(x: Tensor, weight_t: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return the output [..., N] in float64: the nonzero numbers of each token times their rows, one by one."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    out = torch.zeros((len(rows), weight_t.shape[1]), dtype=torch.float64)
+    for m, token in enumerate(rows.tolist()):
+        for k, value in enumerate(token):
+            if value != 0:
+                out[m] += value * weight_t[k].double()
+    if weight_scale is not None:
+        out *= weight_scale.double().view(-1)
+    if bias is not None:
+        out += bias.double()
+    return out.reshape(*x.shape[:-1], weight_t.shape[1])
+
+
+def mlp_sparse(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    up_scale: Tensor | None,
+    up_bias: Tensor | None,
+    down_t: Tensor,
+    down_scale: Tensor | None,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """Return the output [..., N] in float64 of the neurons whose gate isn't zero."""
+    hidden = x.double() @ up.double().T
+    if up_scale is not None:
+        hidden *= up_scale.double().view(-1)
+    if up_bias is not None:
+        hidden += up_bias.double()
+    hidden = torch.where(gate != 0, hidden * gate.double(), 0.0)
+    return linear_sparse_input(hidden, down_t, down_scale, down_bias)
 
 
 def _float32(value: float) -> float:

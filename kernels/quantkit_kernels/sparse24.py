@@ -39,7 +39,9 @@ GROUP, PER_WORD = 4, 16
 """Neighbours of which two are kept, and values that a word of indices speaks of."""
 
 _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_PIECE = 1 << 20
+_WIDE = {1: torch.int32, 2: torch.int64}
+_PAIR = {8: torch.int16, 16: torch.int32}
+_PIECE = 1 << 19
 """Weights worked on at a time, so that temporaries stay in cache."""
 
 
@@ -65,7 +67,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.empty((*bits.shape[:2], 2), dtype=bits.dtype, device=weight.device)
     index = torch.empty(bits.shape[:2], dtype=torch.uint8, device=weight.device)
     for part in _parts(bits.shape[0], in_features):
-        mask = _nonzero(raw[part])
+        mask = nonzero(raw[part])
         pattern = (mask * mask.new_tensor([1, 2, 4, 8], dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
         places = _places(weight.device)[pattern.int()]  # [rows, groups, 2], of more than two 0 and 0
         worst = (mask.sum(-1) > 2).nonzero()
@@ -94,16 +96,40 @@ def unpack(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
     """
     check_packed(values, indices, in_features)
     *lead, _ = values.shape
-    raw = values.reshape(math.prod(lead), in_features // GROUP, 2).contiguous().view(_RAW[values.dtype.itemsize])
-    nibbles = _split(_rows(indices), in_features // GROUP)
+    groups = in_features // GROUP
+    raw = values.reshape(math.prod(lead), groups, 2).contiguous().view(_RAW[values.dtype.itemsize])
+    words = _rows(indices)
     out = torch.empty((*raw.shape[:2], GROUP), dtype=raw.dtype, device=values.device)
+    wide = _WIDE.get(values.dtype.itemsize) if sys.byteorder == "little" else None
     for part in _parts(raw.shape[0], in_features):
-        first, second = nibbles[part] & 3, nibbles[part] >> 2
-        low, high = raw[part, :, 0], raw[part, :, 1]
-        for place in range(GROUP):  # the smaller place is 0, 1 or 2, the larger one 1, 2 or 3
-            kept = torch.where(second == place, high, 0) if place else torch.zeros_like(low)
-            out[part, :, place] = torch.where(first == place, low, kept) if place < GROUP - 1 else kept
+        nibbles = _split(words[part], groups)
+        if wide is None or not nibbles.numel():
+            _select(out[part], raw[part], nibbles)
+            continue
+        bits = 8 * values.dtype.itemsize
+        pairs = raw[part].view(_PAIR[bits]).squeeze(-1).to(wide)
+        mask = (1 << bits) - 1
+        _place(out[part].view(wide).squeeze(-1), pairs & mask, pairs.bitwise_right_shift_(bits) & mask, nibbles, bits)
     return out.view(*lead, in_features).view(values.dtype)
+
+
+def _select(out: Tensor, pairs: Tensor, nibbles: Tensor) -> None:
+    """Write the fours [R, G, 4] of pairs [R, G, 2], a place after the other."""
+    first, second = nibbles & 3, nibbles >> 2
+    low, high = pairs[..., 0], pairs[..., 1]
+    for place in range(GROUP):  # the smaller place is 0, 1 or 2, the larger one 1, 2 or 3
+        kept = torch.where(second == place, high, 0) if place else torch.zeros_like(low)
+        out[..., place] = torch.where(first == place, low, kept) if place < GROUP - 1 else kept
+
+
+def _place(out: Tensor, first: Tensor, second: Tensor, nibbles: Tensor, bits: int) -> None:
+    """Write the fours as one whole number each, `out` [R, G], of pairs in as many `bits` a number; overwrites these.
+
+    A tenth of the time of `_select`, on a CPU, which goes by single numbers and with gaps between them.
+    """
+    first <<= nibbles.bitwise_and(3).mul_(bits).to(out.dtype)
+    second <<= nibbles.bitwise_right_shift(2).mul_(bits).to(out.dtype)
+    torch.bitwise_or(first, second, out=out)
 
 
 def pack_int4(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +144,15 @@ def pack_int4(codes: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack_int4(words: Tensor, indices: Tensor, in_features: int) -> Tensor:
     """Return the codes int8 [..., N, K] that `pack_int4` packed."""
-    return unpack(unpack_int32(words, 4, in_features // 2), indices, in_features)
+    groups = in_features // GROUP
+    if sys.byteorder != "little" or words.ndim != 2 or not words.numel() or in_features % GROUP:
+        return unpack(unpack_int32(words, 4, in_features // 2), indices, in_features)
+    fours = torch.empty((words.shape[0], groups), dtype=torch.int32, device=words.device)
+    for part in _parts(words.shape[0], in_features):
+        pairs = words[part].contiguous().view(torch.uint8)[:, :groups]  # a pair is a byte, code + 8 in four bits each
+        first, second = pairs.bitwise_and(15).sub_(8).int(), pairs.bitwise_right_shift(4).sub_(8).int()
+        _place(fours[part], first, second, _split(indices[part], groups), 8)
+    return fours.view(torch.int8)
 
 
 def indices_of_bitmask(bitmask: Tensor, in_features: int) -> Tensor:
@@ -195,7 +229,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _nonzero(weight: Tensor) -> Tensor:
+def nonzero(weight: Tensor) -> Tensor:
     """Return where numbers differ from 0, NaN included; of fp8 from its bits, as torch has no comparison of it."""
     if weight.dtype.itemsize == 1 and weight.is_floating_point():
         return weight.view(torch.uint8) & 0x7F != 0
@@ -255,4 +289,7 @@ def _split(words: Tensor, count: int) -> Tensor:
         data = words.contiguous().view(torch.uint8)
     else:
         data = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)], dim=-1).to(torch.uint8).flatten(-2)
+    if sys.byteorder == "little":
+        both = data.to(torch.int16)
+        return both.bitwise_or_(both << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :count]
     return torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)[:, :count]

@@ -22,6 +22,8 @@ from quantkit.cli import (
     plan,
     push,
     quantize,
+    recover,
+    sparsity,
 )
 from quantkit.cli.options import CONTEXT, MESSAGES, show_messages
 from quantkit.errors import QuantkitError
@@ -31,7 +33,7 @@ from quantkit.version import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
 
-SHARED = ("quantize", "eval")
+SHARED = ("quantize", "eval", "recover")
 """The commands whose work the processes of a job share."""
 
 
@@ -125,5 +127,8 @@ def main() -> None:
     """
 
 
-for module in (quantize, plan, evaluate, inspect, generate, bench, bench_kernels, convert, push, methods, demo):
+for module in (
+    *(quantize, recover, plan, evaluate, inspect, sparsity, generate, bench),
+    *(bench_kernels, convert, push, methods, demo),
+):
     main.add_command(module.command)

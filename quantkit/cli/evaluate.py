@@ -44,7 +44,8 @@ def command(model: str, dataset: str | None, tasks: str | None, as_json: bool, *
     MODEL is a folder or a hub id, compressed or not. The text is one stream of tokens without special ones, its
     documents joined by two newlines, cut into windows that don't overlap. With --baseline the same tokens go through
     both models and what was lost is said as well: KL divergence, how often the first choice agrees, and how far the
-    probability of the true token moved; tasks are run on both models.
+    probability of the true token moved, with a warning where the mean KL is above 0.1 nats. Tasks are run on both
+    models.
     """
     from quantkit.checkpoint import quiet_transformers
     from quantkit.evaluation import evaluate
@@ -103,6 +104,7 @@ def _text_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             ("top-1 agreement", f"{100 * result['top1_agreement']:.2f} %"),
             ("probability change", f"{100 * result['delta_p_rms']:.3g} % (root mean square, true token)"),
         ]
+        rows += [("warning", result["warning"])] if "warning" in result else []
     return rows
 
 

@@ -15,6 +15,16 @@ from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_opt
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 takes the likeliest."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@click.option(
+    "--skip-zeros", is_flag=True, help="Read only the weights that meet no zeros, where activations often are zero."
+)
+@click.option(
+    "--reuse-neurons",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="G",
+    help="For G tokens at a time, compute only neurons that were active in the G before; changes the text. 0: never.",
+)
 @backend_option
 @device_option
 @hub_options
@@ -24,6 +34,8 @@ def command(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    skip_zeros: bool,
+    reuse_neurons: int,
     backend: str,
     device: str,
     revision: str | None,
@@ -45,6 +57,9 @@ def command(
         seed=seed,
         device=device,
         backend=backend,
+        skip_zeros=skip_zeros,
+        reuse_neurons=reuse_neurons,
+        tell=lambda line: click.echo(line, err=True),
         hub=hub,
     )
     say(text)

@@ -30,10 +30,10 @@ _RECIPE = (
     click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these modules in float; repeatable."),
     click.option(
         "--format",
-        type=click.Choice(["auto", "compressed-tensors", "bitsandbytes", "quantkit"]),
+        type=click.Choice(["auto", "compressed-tensors", "bitsandbytes", "quantkit", "dense"]),
         default="auto",
         show_default=True,
-        help="How it lies on disk.",
+        help="How it lies on disk; quantkit packs 2:4 pruned weights, dense (like auto) writes their zeros.",
     ),
     click.option(
         "--dequantize", is_flag=True, help="Take a model that is compressed already, turned into float first."

@@ -40,7 +40,8 @@ def command(model: str, explain: bool, as_json: bool, **options: object) -> None
     parameters is seen in one short pass with random weights, a block at a time. Every weight matrix has its place,
     quantized or left alone with the reason (--json names them all, the text the first of each kind); with --explain
     every smoothing group, too. It also says which bytes there would be, the room that they need on disk, the memory
-    that the work takes at its peak, and whether it takes seconds, minutes, hours or days on this machine's CPU.
+    that the work takes at its peak, and whether it takes seconds, minutes, hours or days on this machine's CPU. Of -m
+    sparse24 it says what 2:4 cost in the papers, and the bytes of a result with zeros and of a packed one.
 
     \b
     quantkit plan path/of/model -m smoothquant -m w8a8 --explain

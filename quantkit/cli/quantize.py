@@ -24,6 +24,7 @@ from quantkit.cli.options import (
 @click.option("-o", "--output", required=True, metavar="OUT", help="Where to write; must not exist, or be empty.")
 @recipe_options
 @click.option("--dataset", metavar="SPEC", help="What to calibrate on. " + SPEC_HELP)
+@click.option("--recover", metavar="N", help="After the transforms train on so many tokens of it, such as 2M.")
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to calibrate on.")
 @click.option("--seq-len", type=int, metavar="N", help="Tokens of a window. [default: 2048, or the model's context]")
 @click.option("--seed", type=int, help="Seed of everything random. [default: the recipe's, or 0]")
@@ -56,7 +57,7 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     quantkit quantize org/name -o OUT -m int8:group=128,weight_range=mse --ignore '*.down_proj'
     """
     from quantkit.checkpoint import quiet_transformers
-    from quantkit.pipeline import quantize
+    from quantkit.staging import quantize
 
     quiet_transformers()
     report = quantize(model, **options)

@@ -4,7 +4,8 @@ A row of words holds K rounded up to a multiple of 4, or of 8 with 4 bits: where
 size or the model says K.
 Experts that one parameter `O.P` holds together are stored a layer an expert, as `O.0.P`, and become `O.P` again; those
 in x out are stored so, [K, N], with a scale [1, N]. Columns that LLM.int8 keeps in float lie beside the codes. Of 2:4
-sparse weights only the kept ones are stored, and a row holds K / 2 so.
+sparse weights only the kept ones are stored, and a row holds K / 2 so; these are out x in always, and only the scale
+says [1, N] of a weight in x out.
 """
 
 import re
@@ -12,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch
-from quantkit_kernels import sparse24
 from quantkit_kernels.formats import FLOAT_DTYPES, packed_words, unpack_int32
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from quantkit.dequantization.grids import Block, Blocks, check_grid, scaled
 from quantkit.dequantization.numbers import read_floats, scale_values
 from quantkit.formats import native
 from quantkit.formats.base import Layout
+from quantkit.formats.places import PLACES, misplaced
 from quantkit.scheme import BLOCK, Scheme
 
 DESCRIPTION = "quantkit's own format"
@@ -113,15 +114,22 @@ def _sparse_part(source: Source, name: str, members: list[str], scheme: Scheme, 
     tensors, where, first = source.weights.tensors, source.where, f"{members[0]}.weight"
     rows, per_word = tensors[first].shape[0], 1 if scheme.is_float else 32 // scheme.bits
     columns = 2 * per_word * words
+    if scheme.tiles is not None:
+        key = f"{members[0]}.weight_columns"
+        shared = need_matrix(need(source.weights, key, first, where), key, where)[-1]
+        columns = shared // 4 * scheme.tiles[1]
     if scheme.group_size is not None:
         scale = need(source.weights, f"{members[0]}.weight_scale", first, where).shape
         columns = scheme.group_size * (scale[-1] if scale else 1)
-    elif name in source.shapes:
-        columns = source.shapes[name][-2 if name in source.transposed else -1]
+    turned = not scheme.is_float and _is_turned(source, members[0], rows)
+    if scheme.group_size is None and name in source.shapes:
+        columns = source.shapes[name][-2 if turned or name in source.transposed else -1]
     stored = native.tensor_specs(scheme, rows, columns, torch.bfloat16)
     block = _block(scheme, rows, columns)
+    scales = ((columns, rows), (columns, 1)) if turned else ((rows, columns), block)
+    places = [leaf for leaf in PLACES if leaf in stored]
     for member in members:
-        for leaf in ("weight", "weight_indices"):
+        for leaf in ("weight", *places):
             info = need(source.weights, f"{member}.{leaf}", f"{member}.weight", where)
             need_shape(info, stored[leaf].shape, f"{member}.{leaf}", where)
         info, spec = tensors[f"{member}.weight"], stored["weight"]
@@ -129,11 +137,27 @@ def _sparse_part(source: Source, name: str, members: list[str], scheme: Scheme, 
             raise damaged(where, f"'{member}.weight' is {info.dtype}, which doesn't fit the scheme {scheme.label!r}")
         if not scheme.is_float:
             key = f"{member}.weight_scale"
-            check_grid(need(source.weights, key, f"{member}.weight", where).shape, (rows, columns), block, key, where)
-    leaves = ("weight", "weight_indices", *(() if scheme.is_float else ("weight_scale",)))
+            check_grid(need(source.weights, key, f"{member}.weight", where).shape, *scales, key, where)
+    leaves = ("weight", *places, *(() if scheme.is_float else ("weight_scale",)))
     keys = tuple(f"{member}.{leaf}" for leaf in leaves for member in members)
-    shape = (len(members), rows, columns) if name != first else (rows, columns)
-    return Part(shape, keys, partial(_decode_sparse, scheme, (rows, columns), block, leaves, where))
+    matrix = (columns, rows) if turned else (rows, columns)
+    shape = (len(members), *matrix) if name != first else matrix
+    decoder = partial(_decode_sparse, scheme, (rows, columns), block, leaves, where)
+    return Part(shape, keys, partial(_turned, decoder, len(members)) if turned else decoder)
+
+
+def _is_turned(source: Source, member: str, rows: int) -> bool:
+    """Whether packed codes [N, K / 2] are those of a weight in x out, whose scale is stored so, [1, N]."""
+    scale = need(source.weights, f"{member}.weight_scale", f"{member}.weight", source.where).shape
+    return rows > 1 and tuple(scale) == (1, rows)
+
+
+def _turned(decoder: Callable[..., Iterator[Tensor]], count: int, *tensors: Tensor) -> Iterator[Tensor]:
+    """Yield the weights [K, N] of what the decoder makes of codes [N, K], one of `count` layers after the other."""
+    leaves = len(tensors) // count
+    for member in range(count):
+        of = [tensors[place * count + member] for place in range(leaves)]
+        yield torch.cat(list(decoder(*of))).t()
 
 
 def _decode_sparse(
@@ -143,8 +167,11 @@ def _decode_sparse(
     count = len(tensors) // len(leaves)
     for member in range(count):
         of = {leaf: tensors[place * count + member] for place, leaf in enumerate(leaves)}
-        if of["weight_indices"].dtype != torch.int32 or not sparse24.are_ascending(of["weight_indices"], shape[1]):
-            raise damaged(where, "a 'weight_indices' does not say of every four weights where two are")
+        for leaf, dtype in (("weight_indices", torch.int32), ("weight_columns", torch.uint8)):
+            said = leaf not in of or of[leaf].dtype == dtype
+            wrong = misplaced(leaf, of[leaf], scheme, shape[1]) if said and leaf in of else None
+            if not said or wrong is not None:
+                raise damaged(where, f"a {leaf!r} {wrong or f'is {of[leaf].dtype}'}")
         codes, scale = native.decompress(scheme, of, shape[1])
         if scheme.is_float:
             yield from (codes[start:stop].float() for start, stop in runs(*shape))

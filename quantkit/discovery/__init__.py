@@ -13,12 +13,15 @@ from quantkit.discovery.proof import Prover, Run, rounding_bound
 from quantkit.discovery.propagation import Weights
 from quantkit.discovery.randomization import randomize_
 from quantkit.discovery.reads import weights_read_elsewhere
+from quantkit.discovery.rectifying import rectifiable
 from quantkit.discovery.structure import (
     UNTOUCHED,
+    Activation,
     DiscoveryError,
     Edit,
     Group,
     LinearUse,
+    Norm,
     Refusal,
     Structure,
 )
@@ -28,16 +31,19 @@ from quantkit.discovery.uses import UNUSED, kind_of, unused_likes, uses
 __all__ = [
     "UNTOUCHED",
     "UNUSED",
+    "Activation",
     "DiscoveryError",
     "Edit",
     "Group",
     "LinearUse",
+    "Norm",
     "Refusal",
     "Structure",
     "apply_group",
     "channel_absmax",
     "discover",
     "randomize_",
+    "rectifiable",
     "weights_read_elsewhere",
 ]
 

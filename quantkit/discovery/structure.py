@@ -1,7 +1,7 @@
 """What a decoder block does with its parameters: the results of a trace, as plain data. It needs no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quantkit.errors import QuantkitError
 
@@ -85,6 +85,44 @@ class LinearUse:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """A module that computes a nonlinear function of each number between linear layers: the activation of an MLP.
+
+    Attributes:
+        module: its name inside the block.
+        feeds: the parameters of linear layers whose input is zero where its output is.
+        takes: the parameters of linear layers whose output it is given.
+        gated: whether its output is multiplied with that of another linear layer, or of the same one's other half.
+        ups: the modules that compute the other factor; empty where no module of its own does, or nothing is multiplied.
+        fused: whether the other factor is a half of what the same linear layer computes.
+        is_relu: whether it computes relu already.
+        rectifies: whether it gives 0 for all negative numbers, as relu does, and its square.
+    """
+
+    module: str
+    feeds: tuple[str, ...]
+    takes: tuple[str, ...]
+    gated: bool = False
+    ups: tuple[str, ...] = ()
+    fused: bool = False
+    is_relu: bool = False
+    rectifies: bool = False
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A module that normalizes rows, and whose output meets linear layers and nothing else.
+
+    Attributes:
+        module: its name inside the block.
+        feeds: the parameters of these linear layers.
+    """
+
+    module: str
+    feeds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Structure:
     """What `discover` found in one block.
 
@@ -93,9 +131,16 @@ class Structure:
         refusals: norms and linear weights that don't fold, with the reason.
         linears: every parameter of two or more axes that is used as a linear weight and as nothing else.
         others: the other parameters of two or more axes, and what is done with them.
+        activations: the activations of its MLPs, where they were looked for.
+        norms: its norms before linear layers, where they were looked for.
+        unchanged: activations and norms that can't be given a relu, by the name of the module or of the parameter that
+            they feed, each with the reason.
     """
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     linears: tuple[LinearUse, ...]
     others: Mapping[str, str]
+    activations: tuple[Activation, ...] = ()
+    norms: tuple[Norm, ...] = ()
+    unchanged: Mapping[str, str] = field(default_factory=dict)

@@ -12,8 +12,9 @@ A format is a module with these names; adding one is one file here, one line in 
                                             codes [N, K] and their scale as stored, and with static activations theirs
     decompress(scheme, tensors, K, transposed=False) -> (codes, scale)
                                             and back, but for `input_scale`, which is stored as it is used
-    sparse_parts(scheme, tensors, K) -> (values, indices)
-                                            of a 2:4 sparse weight, for a product that unpacks it (where it can be said)
+    sparse_parts(scheme, tensors, K) -> (values, indices[, columns])
+                                            of a 2:4 (or V:2:M) sparse weight, for a product that unpacks it (where it
+                                            can be said)
     config(scheme, modules, left) -> dict   config.json's `quantization_config`: these linear layers are quantized,
                                             and those left in float
     parse(config) -> Layout                 which modules have which scheme

@@ -1,11 +1,12 @@
 """What every format speaks of: the specification of a stored tensor, and which modules have which scheme."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
+from quantkit.activations import Activations
 from quantkit.errors import CheckpointError
 from quantkit.scheme import BLOCK, FLOAT, Scheme
 from quantkit.untrusted import first_fit, fits, regex_trouble, shown
@@ -83,6 +84,7 @@ class Layout:
             held as they are stored, and unused: the cache here has the model's dtype.
         sparse: modules whose weights are packed 2:4, beside what the groups say of their numbers; named as in `ignore`.
         dense: modules that aren't, whatever `sparse` says.
+        activations: what is done to activations; there may be no group then, and all weights in float.
     """
 
     groups: tuple[Group, ...]
@@ -91,6 +93,7 @@ class Layout:
     cache_scales: tuple[str, ...] = ()
     sparse: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
+    activations: Activations = field(default_factory=Activations)
 
     def scheme_of(self, module: str, class_name: str = "Linear") -> Scheme | None:
         """The scheme of the linear layer of that name, or None when it is in float.

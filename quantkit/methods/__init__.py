@@ -11,6 +11,9 @@ from quantkit.methods.base import Method, Parameter
 METHODS = {
     "smoothquant": "quantkit.methods.smoothquant:SmoothQuant",
     "sparse24": "quantkit.methods.sparse24:Sparse24",
+    "relu": "quantkit.methods.relu:Relu",
+    "activation-threshold": "quantkit.methods.activation_threshold:ActivationThreshold",
+    "recover": "quantkit.methods.recover:Recover",
     "w8a8": "quantkit.methods.w8a8:W8A8",
     "int8": "quantkit.methods.int8:Int8",
     "int4": "quantkit.methods.int4:Int4",

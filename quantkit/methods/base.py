@@ -81,6 +81,10 @@ class Method(ABC):
         cost: what it cost in the papers, for methods of which that must be said; or empty.
         quantizes: whether it replaces linear layers by quantized ones (at most one such step in a recipe).
         prunes: whether it sets weights to zero.
+        trains: whether it trains float weights.
+        smooths: whether it moves factors between weights.
+        rectifies: whether it changes activation functions.
+        thresholds: whether it zeroes what is small in the input of linear layers.
     """
 
     summary: ClassVar[str]
@@ -89,6 +93,10 @@ class Method(ABC):
     cost: ClassVar[str] = ""
     quantizes: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    smooths: ClassVar[bool] = False
+    rectifies: ClassVar[bool] = False
+    thresholds: ClassVar[bool] = False
 
     @abstractmethod
     def scheme(self, parameters: Mapping[str, str]) -> Scheme | None:
@@ -102,3 +110,7 @@ class Method(ABC):
         """Whether it needs calibration data: where its scheme stores something of the activations."""
         scheme = self.scheme(parameters)
         return scheme is not None and scheme.needs_data
+
+    def reports(self, parameters: Mapping[str, str]) -> bool:
+        """Whether it has more to report when there are calibration data: what needs them has."""
+        return self.observes(parameters)

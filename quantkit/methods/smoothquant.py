@@ -21,6 +21,8 @@ class SmoothQuant(Method):
         ),
     )
 
+    smooths = True
+
     def scheme(self, parameters: Mapping[str, str]) -> None:
         """None: layers stay in float."""
         return

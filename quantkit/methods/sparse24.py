@@ -20,7 +20,7 @@ class Sparse24(Method):
     summary = "prunes linear layers: 2 of every 4 weights are kept; the others are zero, in a quantizer's codes as well"
     paper = (
         "Frantar and Alistarh 2023, arXiv:2301.00774 (SparseGPT); Sun et al. 2023, arXiv:2306.11695 (Wanda); Mishra et "
-        "al. 2021, arXiv:2104.08378 (2:4)"
+        "al. 2021, arXiv:2104.08378 (2:4); Castro et al. 2023, arXiv:2310.02065 (V:N:M)"
     )
     cost = COST
     parameters: ClassVar[tuple[Parameter, ...]] = (
@@ -32,10 +32,11 @@ class Sparse24(Method):
         ),
         Parameter(
             "pattern",
-            ("2:4", "4:8", "unstructured:0.5"),
-            "how many weights are kept of every 4 or 8 along K, or which share of a weight is zeroed anywhere",
+            ("2:4", "4:8", "unstructured:0.5", "64:2:8"),
+            "how many weights are kept of every 4 or 8 along K, which share of a weight is zeroed anywhere, or V:N:M: "
+            "of every M columns 4 for V rows together, and of these 4 in each row N = 2",
             is_pattern,
-            "unstructured:R with another R between 0 and 1",
+            "unstructured:R with another R between 0 and 1, or V:2:M with M a multiple of 4 from 8 to 256",
         ),
         Parameter(
             "dampening",

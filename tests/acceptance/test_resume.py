@@ -16,6 +16,8 @@ RECIPES = {
     "sparse": ["sparse24:criterion=sparsegpt"],
     "sparse-w8a8": ["smoothquant", "sparse24:criterion=wanda", "w8a8"],
     "sparse-int8": ["sparse24:criterion=sparsegpt,pattern=unstructured:0.5", "smoothquant", "int8"],
+    "packed": ["sparse24:criterion=sparsegpt", "smoothquant"],
+    "packed-w8a8": ["sparse24:criterion=wanda", "w8a8"],
     "outlier-columns": ["llm-int8:outlier_weight=float,threshold=1.0"],
 }
 
@@ -47,6 +49,8 @@ def test_a_run_that_is_stopped_after_every_block(model, tmp_path, monkeypatch, r
     calibrated = recipe != "w8a8"
     if calibrated:
         words |= {"dataset": str(tmp_path / "rows.jsonl"), "samples": 5, "seq_len": 24}
+    if recipe.startswith("packed"):
+        words["format"] = "quantkit"
     quantize(model, tmp_path / "whole", **words)
     commit, left = Journal.commit, [0]
 

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantkit_calibration import pruning
 from quantkit_calibration.observers import ChannelNorm, Gram, Reservoir
+from quantkit_kernels import venom
 
 PATTERNS = [(2, 4), (4, 8)]
+TILES = [(4, 2, 8), (4, 2, 12), (1, 2, 8), (5, 2, 24)]
+"""V:N:M; V doesn't divide the rows of most."""
 
 
 def kept_of(scores, keep):
@@ -18,10 +21,29 @@ def kept_of(scores, keep):
     return set(order[:keep])
 
 
+def kept_of_tiles_by_loops(scores, pattern):
+    """Castro et al. 2023: for V rows together the 4 of every M columns whose scores have the largest sum, then 2:4."""
+    v, keep, of = pattern
+    kept = set()
+    for top in range(0, len(scores), v):
+        rows = scores[top : top + v]
+        for start in range(0, len(scores[0]), of):
+            sums = [math.fsum(row[k] for row in rows) for k in range(start, start + of)]
+            columns = sorted(kept_of(sums, 4))
+            for n, row in enumerate(rows, top):
+                kept |= {(n, start + columns[place]) for place in kept_of([row[start + k] for k in columns], keep)}
+    return kept
+
+
 def wanda_by_loops(weight, x, pattern):
     """Sun et al. 2023, equation 1 and section 3: |W_nk| ||X_k||, compared within a row (or a group of a row)."""
     norms = [math.sqrt(sum(float(v) ** 2 for v in x[:, k])) for k in range(x.shape[1])]
     out = torch.zeros_like(weight)
+    if isinstance(pattern, tuple) and len(pattern) == 3:
+        scores = [[abs(value) * norm for value, norm in zip(row, norms, strict=True)] for row in weight.tolist()]
+        for n, k in kept_of_tiles_by_loops(scores, pattern):
+            out[n, k] = weight[n, k]
+        return out
     for n, row in enumerate(weight.tolist()):
         scores = [abs(value) * norm for value, norm in zip(row, norms, strict=True)]
         if isinstance(pattern, tuple):
@@ -46,11 +68,14 @@ def sparsegpt_by_loops(weight, x, pattern, dampening, columns):
     inverses = [torch.linalg.inv(h[k:, k:]) for k in range(k_all)]
     gone = torch.zeros(n_rows, k_all, dtype=torch.bool)
     for k in range(k_all):
-        wide, of = not isinstance(pattern, tuple), columns if not isinstance(pattern, tuple) else pattern[1]
+        wide, of = not isinstance(pattern, tuple), columns if not isinstance(pattern, tuple) else pattern[-1]
         if k % of == 0:
             group = range(k, min(k + of, k_all))
             costs = {(n, j): float(w[n, j]) ** 2 / float(inverses[j][0, 0]) for n in range(n_rows) for j in group}
-            if wide:
+            if not wide and len(pattern) == 3:
+                stays = kept_of_tiles_by_loops([[costs[n, j] for j in group] for n in range(n_rows)], pattern)
+                cells = [(n, j) for n, j in costs if (n, j - k) not in stays]
+            elif wide:
                 cells = sorted(costs, key=lambda cell: costs[cell])[: int(pattern * len(costs))]
             else:
                 cells = []
@@ -72,7 +97,7 @@ def example(n=6, k=24, m=40, seed=0):
     return torch.randn(n, k, generator=generator), torch.randn(m, k, generator=generator) @ mixed
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, 0.5, 0.3])
+@pytest.mark.parametrize("pattern", [*PATTERNS, *TILES, 0.5, 0.3])
 def test_wanda_is_the_papers(pattern):
     weight, x = example()
     norm = ChannelNorm()
@@ -82,7 +107,7 @@ def test_wanda_is_the_papers(pattern):
     assert torch.equal(pruning.pruned(weight, kept), wanda_by_loops(weight, x, pattern))
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, 0.5, 0.3])
+@pytest.mark.parametrize("pattern", [*PATTERNS, *TILES, 0.5, 0.3])
 def test_magnitude_is_wanda_with_equal_norms_in_groups_and_ranks_the_whole_weight_otherwise(pattern):
     weight, x = example()
     kept = pruning.magnitude(weight, pattern)
@@ -95,7 +120,7 @@ def test_magnitude_is_wanda_with_equal_norms_in_groups_and_ranks_the_whole_weigh
 
 @pytest.mark.parametrize("dampening", [0.01, 0.5])
 @pytest.mark.parametrize("m", [40, 10])  # 10 tokens: H is singular but for the dampening
-@pytest.mark.parametrize("pattern", [*PATTERNS, 0.5])
+@pytest.mark.parametrize("pattern", [*PATTERNS, *TILES, 0.5])
 def test_sparsegpt_is_the_papers(monkeypatch, pattern, m, dampening):
     """The same mask, and weights within 2**-16 of the row's largest: U in float64, updates of K columns in float32."""
     weight, x = example(m=m)
@@ -152,10 +177,24 @@ def test_a_share_of_each_row_goes_whatever_is_equal(n, k, percent, values, seed)
 def test_rows_of_many_elements_are_compared_in_parts(monkeypatch):
     weight, x = example(n=37)
     norms = x.norm(dim=0)
-    whole = pruning.wanda(weight, norms, (2, 4)), pruning.magnitude(weight, (2, 4))
+    patterns = [(2, 4), (8, 2, 8), (64, 2, 8)]
+    whole = [(pruning.wanda(weight, norms, each), pruning.magnitude(weight, each)) for each in patterns]
     monkeypatch.setattr(pruning, "ELEMENTS", 100)
-    assert torch.equal(pruning.wanda(weight, norms, (2, 4)), whole[0])
-    assert torch.equal(pruning.magnitude(weight, (2, 4)), whole[1])
+    for pattern, (wanda, magnitude) in zip(patterns, whole, strict=True):
+        assert torch.equal(pruning.wanda(weight, norms, pattern), wanda)
+        assert torch.equal(pruning.magnitude(weight, pattern), magnitude)
+
+
+@pytest.mark.parametrize("pattern", [(4, 2, 8), (16, 2, 16), (3, 2, 12), (64, 2, 24)])
+def test_tiles_are_those_of_the_packed_format(pattern):
+    """Held against the kernels' own choice, where scores are equal too; what is kept can be packed."""
+    weight = torch.randint(-3, 4, (37, 48), generator=torch.Generator().manual_seed(0)).float()
+    v, _, m = pattern
+    kept = pruning.magnitude(weight, pattern)
+    assert torch.equal(kept, venom.mask(weight.abs(), v, m))
+    assert (kept.unflatten(1, (-1, m)).sum(-1) == 2).all()
+    packed = venom.pack(pruning.pruned(weight, kept), v, m)
+    assert torch.equal(venom.unpack(*packed, 48, v, m), pruning.pruned(weight, kept))
 
 
 @pytest.mark.parametrize("ways", [pruning.output_norms, pruning.output_norms_of])
@@ -170,6 +209,8 @@ def test_norms_of_outputs(ways):
 def test_what_cannot_be_pruned_is_said():
     with pytest.raises(ValueError, match="do not divide 6"):
         pruning.kept_of_groups(torch.ones(2, 6), 2, 4)
+    with pytest.raises(ValueError, match="tiles of 8 columns do not divide 12"):
+        pruning.kept_of_tiles(torch.ones(2, 12), 4, 2, 8)
     with pytest.raises(ValueError, match="mean square"):
         pruning.inverse_factor(torch.zeros(4, 4), 0.01)
     with pytest.raises(ValueError, match="mean square"):

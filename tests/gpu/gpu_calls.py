@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantkit_kernels import formats, ops, reference
+from quantkit_kernels import formats, ops, reference, sparse24, venom
 from torch import Tensor
 
 INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
@@ -105,6 +105,53 @@ def _packed(bits: int, group: int | None) -> Callable[..., Any]:
     return prepare
 
 
+def _thinned(x: Tensor) -> Tensor:
+    """Return x with its small numbers zero."""
+    return x.masked_fill(x.abs() < 0.4, 0.0)
+
+
+def _by_column(weight: Tensor) -> tuple[Tensor, ...]:
+    codes, scale = formats.quantize_weight(weight, INT8)
+    return codes.t().contiguous(), scale
+
+
+def _sparse(dtype: torch.dtype | None, group: int | None, pattern: tuple[int, int] | None) -> Call:
+    """Return the call with a packed 2:4 weight, or V:N:M one: float, int8, fp8, or codes of 4 bits (INT32)."""
+    module, more = (sparse24, ()) if pattern is None else (venom, pattern)
+
+    def prepare(weight: Tensor) -> tuple[Tensor, ...]:
+        weight = weight * venom.mask(weight.abs(), *(pattern or (1, 4)))
+        if dtype is None:
+            return module.pack(weight, *more)
+        bits = 4 if dtype == torch.int32 else 8
+        codes, scale = formats.quantize_weight(weight, INT8 if bits == 4 else dtype, group, bits=bits)
+        return *(module.pack_int4 if bits == 4 else module.pack)(codes, *more), scale
+
+    def run(x: Tensor, w: tuple[Tensor, ...], bias: Tensor | None, way: str) -> Tensor:
+        *parts, scale = (*w, None) if dtype is None else w
+        if pattern is None:
+            return ops.linear_sparse24(x, *parts, scale, bias, way)
+        return ops.linear_venom(x, *parts, scale, bias, *pattern, way)
+
+    def right(tensors: tuple[Tensor, ...], in_features: int, x_dtype: torch.dtype) -> Tensor:
+        *parts, scale = (*tensors, None) if dtype is None else tensors
+        if pattern is None:
+            codes = reference.unpack_sparse24(*parts, in_features)
+        else:
+            codes = reference.unpack_venom(*parts, in_features, *pattern)
+        return codes if scale is None else _rows((codes, scale), in_features, x_dtype)
+
+    return Call(
+        prepare,
+        run,
+        lambda x: x.double(),
+        right,
+        terms=lambda in_features: in_features + 8,
+        weights=True,
+        blocks=group is not None,
+    )
+
+
 def _four(in_features: int) -> int:
     return 6
 
@@ -166,6 +213,25 @@ def calls() -> dict[str, Call]:
             weights=True,
             blocks=group is not None,
         )
+    kinds = {"float": (None, None), "int8": (INT8, None), "e4m3": (E4M3, None), "e5m2": (E5M2, None)}
+    kinds |= {"int8, group 128": (INT8, 128), "4 bits": (torch.int32, None), "4 bits, group 128": (torch.int32, 128)}
+    for kind, (dtype, group) in kinds.items():
+        found[f"2:4 {kind}"] = _sparse(dtype, group, None)
+        found[f"64:2:8 {kind}"] = _sparse(dtype, group, (64, 8))
+    found["16:2:8 int8"] = _sparse(INT8, None, (16, 8))
+    found["zeros, weights float"] = Call(
+        lambda weight: (weight.t().contiguous(),),
+        lambda x, w, bias, way: ops.linear_sparse_input(_thinned(x), *w, None, bias, way),
+        lambda x: _thinned(x).double(),
+        lambda tensors, in_features, x_dtype: tensors[0].double().t(),
+    )
+    found["zeros, weights int8"] = Call(
+        _by_column,
+        lambda x, w, bias, way: ops.linear_sparse_input(_thinned(x), *w, bias, way),
+        lambda x: _thinned(x).double(),
+        lambda tensors, in_features, x_dtype: tensors[0].double().t() * tensors[1].double(),
+        weights=True,
+    )
     found["llm-int8"] = Call(
         _quantized(INT8), lambda x, w, bias, way: ops.linear_llm_int8(x, *w, bias, THRESHOLD, way), _mixed, _rows
     )
@@ -210,7 +276,8 @@ def expected(call: Call, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | 
     if call.fp8:
         float32 = float32 + 128 * 2.0**-13 * size
     if call.weights:
-        float32 = float32 + (unit + torch.finfo(tensors[1].dtype).eps / 2) * 1.01 * size
+        scale = tensors[-1].dtype  # a weight in float has none
+        float32 = float32 + (unit + (torch.finfo(scale).eps / 2 if scale.is_floating_point else 0.0)) * 1.01 * size
     bound = float32 + 1.01 * unit * (exact.abs() + float32) + torch.finfo(x.dtype).tiny
     shape = (*x.shape[:-1], right.shape[0])
     return exact.view(shape), bound.view(shape)

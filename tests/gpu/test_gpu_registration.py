@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_calls import CALLS, CUDA, moved, on_gpu, random
-from quantkit_kernels import configurations, formats, ops
+from quantkit_kernels import configurations, formats, ops, sparse24, venom
 from quantkit_kernels.backends import select_backend
 from quantkit_kernels.errors import KernelError
 from quantkit_kernels.registration import SCHEMAS
@@ -22,6 +22,8 @@ def arguments():
     experts = formats.quantize_weight(torch.stack([weight, -weight]), INT8)
     a, a_scale = formats.quantize_per_token(x, INT8)
     offsets = torch.tensor([0, 5, 16], dtype=torch.int32, device=CUDA)
+    thin = codes * venom.mask(codes.float().abs(), 64, 8)  # which is 2:4 as well
+    gate, columns = x[:, :128].relu(), (codes.t().contiguous(), scale)
     return {
         "quantize_per_token": (x, INT8),
         "quantize_per_tensor": (x, INT8, None),
@@ -37,6 +39,10 @@ def arguments():
         "linear_weight_only": (x, codes, scale, None),
         "linear_weight_only_packed": (x, formats.pack_int32(four[0], 4), four[1], None, 4),
         "linear_grouped": (x, *experts, offsets, "token"),
+        "linear_sparse24": (x, *sparse24.pack(thin), scale, None),
+        "linear_venom": (x, *venom.pack(thin, 64, 8), scale, None, 64, 8),
+        "linear_sparse_input": (x.relu(), *columns, None),
+        "mlp_sparse": (x, gate, codes, scale, None, codes[:, :64].contiguous(), scale[:64], None),
     }
 
 
@@ -78,7 +84,7 @@ def test_cuda_graph(name, tokens):
         graph.replay()
         torch.cuda.synchronize()
         plain = call.run(numbers, tensors, None, "triton")
-        if call.weights:
+        if call.weights or name.startswith("zeros"):
             torch.testing.assert_close(out, plain, rtol=2.0**-6, atol=2.0**-6 * plain.abs().max().item())
         else:
             assert torch.equal(out, plain)

@@ -15,7 +15,19 @@ from unittest import mock
 
 import pytest
 import torch
-from quantkit_kernels import backends, checks, formats, ops, ops_grouped, ops_quantization, reference
+from quantkit_kernels import (
+    backends,
+    checks,
+    formats,
+    ops,
+    ops_grouped,
+    ops_quantization,
+    ops_skipping,
+    ops_sparse24,
+    reference,
+    sparse24,
+    venom,
+)
 from quantkit_kernels.errors import KernelError
 from quantkit_kernels.registration import SCHEMAS
 from waiting import NothingWaits
@@ -72,6 +84,27 @@ CONTRACT = {
         "gpu.weight_only.linear_weight_only_packed",
         dtypes=(INT32,),
     ),
+    "linear_sparse_input": Parts(
+        "generic.linear_sparse_input",
+        "cpu_skipping.linear_sparse_input",
+        "gpu.skipping.linear_sparse_input",
+        dtypes=(INT8, *FLOATS),
+    ),
+    "linear_sparse24": Parts(
+        "generic.linear_sparse24",
+        "cpu_decoding.linear_sparse24",
+        "gpu.sparse24.linear_sparse24",
+        dtypes=(INT8, E4M3, E5M2, INT32, *FLOATS),
+    ),
+    "linear_venom": Parts(
+        "generic.linear_venom",
+        "cpu_decoding.linear_venom",
+        "gpu.sparse24.linear_venom",
+        dtypes=(INT8, E4M3, E5M2, INT32, *FLOATS),
+    ),
+    "mlp_sparse": Parts(
+        "generic.mlp_sparse", "cpu_skipping.mlp_sparse", "gpu.skipping.mlp_sparse", dtypes=(INT8, *FLOATS)
+    ),
 }
 PAIRS = [(op, dtype) for op, parts in CONTRACT.items() for dtype in parts.dtypes]
 OTHER_DTYPES = (INT8, E4M3, E5M2, INT32, torch.uint8, torch.float16)
@@ -111,14 +144,36 @@ def gaps(tensor: torch.Tensor) -> torch.Tensor:
     return wide.view(tensor.dtype) if tensor.element_size() == 1 else wide
 
 
+def sparse_arguments(op: str, dtype: torch.dtype, case: Case) -> list[Any]:
+    """Return the arguments of an op with a packed sparse weight."""
+    generator = torch.Generator().manual_seed(0)
+    in_features, spread = 72, gaps if case.strided else torch.Tensor.clone
+    x = torch.randn(case.tokens, in_features, generator=generator).to(case.dtype)
+    weight = torch.randn(N, in_features, generator=generator)
+    weight = weight * venom.mask(weight.abs(), 3, 8)  # which is 2:4 as well
+    bias = torch.randn(N, generator=generator).to(case.dtype) if case.bias else None
+    codes, scale = weight.to(dtype if dtype in FLOATS else case.dtype), None
+    if dtype not in FLOATS:
+        group, bits = 9 if case.variant else None, 4 if dtype == INT32 else 8
+        codes, scale = formats.quantize_weight(codes, INT8 if dtype == INT32 else dtype, group, bits=bits)
+    module = sparse24 if op == "linear_sparse24" else venom
+    pattern = () if module is sparse24 else (3, 8)
+    pack = module.pack_int4 if dtype == INT32 else module.pack
+    return [spread(x), *map(spread, pack(codes, *pattern)), scale, bias, *pattern]
+
+
 def arguments(op: str, dtype: torch.dtype, case: Case) -> list[Any]:
     """Return an op's arguments in a case, ragged where it can be."""
+    if op in ("linear_sparse24", "linear_venom"):
+        return sparse_arguments(op, dtype, case)
     generator = torch.Generator().manual_seed(0)
     in_features = 256 if op in ("linear_block", "quantize_per_group") else K
     x = torch.randn(case.tokens, in_features, generator=generator).to(case.dtype)
     x[:, ::9] *= 20
     weight = torch.randn(N, in_features, generator=generator)
     spread = gaps if case.strided else torch.Tensor.clone
+    if op in ("linear_sparse_input", "mlp_sparse"):
+        return skipping_arguments(op, dtype, case, x, spread, generator)
     code_dtype = INT8 if dtype == INT32 else dtype
     granularity = "block" if op == "linear_block" else "row"
     codes, scale = formats.quantize_weight(weight.to(case.dtype), code_dtype, granularity=granularity)
@@ -146,6 +201,26 @@ def arguments(op: str, dtype: torch.dtype, case: Case) -> list[Any]:
         "linear_llm_int8": [x, codes, scale, bias, 6.0],
     }
     return made.get(op, [x, codes, scale, bias])
+
+
+def skipping_arguments(op: str, dtype: torch.dtype, case: Case, x: torch.Tensor, spread: Any, generator: Any) -> Any:
+    """Return the arguments of an op that skips rows: a weight in float or int8, and much of what it looks at zero."""
+    width = 11 if op == "mlp_sparse" else K
+
+    def weight(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        made = torch.randn(rows, columns, generator=generator).to(case.dtype)
+        codes, scale = formats.quantize_weight(made, INT8) if dtype == INT8 else (made.to(dtype), None)
+        return codes, scale
+
+    bias = torch.randn(N, generator=generator).to(case.dtype) if case.bias else None
+    down, scale = weight(N, width)
+    down_t = spread(down.t().contiguous())
+    if op == "linear_sparse_input":
+        return [spread(x.masked_fill(torch.rand(x.shape, generator=generator) < 0.8, 0.0)), down_t, scale, bias]
+    up, up_scale = weight(width, K)
+    gate = torch.randn(case.tokens, width, generator=generator).relu().to(case.dtype)
+    up_bias = torch.randn(width, generator=generator).to(case.dtype) if case.bias else None
+    return [spread(x), spread(gate), spread(up), up_scale, up_bias, down_t, scale, bias]
 
 
 def overload(op: str) -> Any:
@@ -190,7 +265,7 @@ def test_triton_has_a_kernel_for_every_dtype_that_an_op_takes_and_others_are_ref
     for dtype in set(OTHER_DTYPES) - set(CONTRACT[op].dtypes):
         taken = arguments(op, CONTRACT[op].dtypes[0], Case())
         taken = [dtype if isinstance(value, torch.dtype) and value in formats.QMAX else value for value in taken]
-        place = {"scaled_mm": (0, 1), "dequantize": (0,)}.get(op, (1,) if "linear" in op else ())
+        place = {"scaled_mm": (0, 1), "dequantize": (0,), "mlp_sparse": (2,)}.get(op, (1,) if "linear" in op else ())
         for index in place:
             taken[index] = torch.ones(taken[index].shape).to(dtype)
         for backend in backends.BACKENDS:
@@ -212,7 +287,7 @@ def test_an_op_has_a_way_for_the_cpu_or_a_reason(op):
 def run(way: str, call: Callable[[], Any]) -> Any:
     """Return what a call gives where that way serves it."""
     with ExitStack() as stack:
-        for module in (ops, ops_grouped, ops_quantization):
+        for module in (ops, ops_grouped, ops_quantization, ops_skipping, ops_sparse24):
             stack.enter_context(mock.patch.object(module, "take_backend", return_value=way))
         return call()
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from quantkit_kernels import cpu, formats, generic, ops, reference, sparse24
+from quantkit_kernels import cpu, formats, generic, ops, reference, sparse24, venom
 from quantkit_kernels.errors import KernelError
 
 INT8 = torch.int8
@@ -172,6 +172,45 @@ def test_linear_sparse24(dtype, x_dtype, groups, shape):
     assert torch.equal(out, generic.linear_sparse24(x, *parts, scale, bias)) or x_dtype != torch.float32
 
 
+@pytest.mark.parametrize("dtype", [*QUANTIZED, *FLOATS, "int4"])
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize(("groups", "v", "m"), [(1, 4, 8), (16, 32, 16)])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,)])
+def test_linear_venom(dtype, x_dtype, groups, v, m, shape):
+    x, weight, bias = inputs(3, shape, x_dtype, True)
+    x, weight, scale = x[..., :64], weight[:, :64], None
+    weight = weight * venom.mask(weight.float().abs(), v, m)
+    if dtype in FLOATS:
+        decoded = weight.to(dtype)
+        parts = venom.pack(decoded, v, m)
+        decoded = decoded.to(x_dtype).double()
+    else:
+        kind, bits = (INT8, 4) if dtype == "int4" else (dtype, 8)
+        codes, scale = formats.quantize_weight(weight, kind, 64 // groups, bits=bits)
+        parts = (venom.pack_int4 if bits == 4 else venom.pack)(codes, v, m)
+        decoded = reference.decoded_weight(codes, scale, x_dtype)
+    out = ops.linear_venom(x, *parts, scale, bias, v, m)
+    assert out.dtype == x_dtype
+    expected = reference.linear_venom(x, *parts, scale, bias, v, m)
+    within(out, expected, weight_only_bound(x, decoded, bias, expected))
+    by_generic = generic.linear_venom(x, *parts, scale, bias, v, m)
+    within(by_generic, expected, weight_only_bound(x, decoded, bias, expected))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unpacked_codes_meet_the_int8_kernel_where_there_are_few_tokens(tokens, bits, monkeypatch):
+    """As `linear_weight_only` of the dense codes does: to the bit the same, and packed 2:4 and V:N:M alike."""
+    monkeypatch.setattr("quantkit_kernels.cpu_decoding._DECODED_ELEMENTS", 1000)  # by many parts
+    weight = random(5, 40, 96) * venom.mask(random(5, 40, 96).abs(), 8, 8)
+    codes, scale = formats.quantize_weight(weight.bfloat16(), INT8, bits=bits)
+    x, bias = random(6, tokens, 96).bfloat16(), random(7, 40).bfloat16()
+    expected = ops.linear_weight_only(x, codes, scale, bias)
+    pack = "pack_int4" if bits == 4 else "pack"
+    assert torch.equal(ops.linear_sparse24(x, *getattr(sparse24, pack)(codes), scale, bias), expected)
+    assert torch.equal(ops.linear_venom(x, *getattr(venom, pack)(codes, 8, 8), scale, bias, 8, 8), expected)
+
+
 OFFSETS = torch.tensor([0, 2, 5], dtype=torch.int32)
 
 
@@ -199,6 +238,7 @@ def all_ops(dtype: torch.dtype, bits: int = 4):
         "linear_weight_only_packed": (x, packed, scale, bias, bits),
         "linear_sparse24": (x[:, :68], *sparse24.pack(halved(codes)), scale, bias),
         "linear_sparse24 float": (x[:, :68], *sparse24.pack(halved(weight)), None, bias),
+        "linear_venom": (x[:, :68], *venom.pack(halved(codes), 5, 4), scale, bias, 5, 4),
     }
     if dtype == INT8:
         arguments["linear_llm_int8"] = (x, codes, scale, bias, 6.0)

@@ -20,6 +20,7 @@ from quantkit_kernels.benchmarks.cases import (
 )
 from quantkit_kernels.benchmarks.correctness import is_right
 from quantkit_kernels.benchmarks.experts import expert_cases, float_experts
+from quantkit_kernels.benchmarks.skipping import skipping_cases
 from quantkit_kernels.errors import KernelError
 
 CPU = torch.device("cpu")
@@ -36,6 +37,7 @@ def operands_of(case, tokens=20, size=SIZE):
 ALL = {
     **{f"float: {dtype}": floats(dtype) for dtype in (torch.float32, torch.bfloat16)},
     **linear_cases(),
+    **skipping_cases(),
     **float_experts(torch.bfloat16),
     **expert_cases(),
     **{name: case for pair in quantizers.quantizer_cases() for each in pair for name, case in each.items()},

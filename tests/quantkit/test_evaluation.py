@@ -124,12 +124,29 @@ def test_perplexity_and_comparison_are_the_plain_loop(folder: Path) -> None:
     }
     assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert sorted(kl)[-4] < result["kl_p99"] < max(kl)
-    assert list(result) == [*KEYS, "baseline_served", *COMPARED]
+    assert list(result) == [*KEYS, "baseline_served", *COMPARED, "warning"]
     assert result["protocol"] == f"{len(nll)} windows of 16 tokens that don't overlap"
     assert result["model"] == str(folder / "model")
     assert result["backend"] == "torch"
     assert result["peak_memory_bytes"] > 10**8
     assert 0 < result["seconds"] < 60
+
+
+def test_a_warning_comes_with_a_divergence_above_the_threshold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp(KL) is what perplexity is multiplied by on the baseline's own text; at the threshold itself there is none."""
+    arguments = [str(folder / "model"), "--dataset", str(folder / "text.txt"), "--seq-len", "16", "--baseline"]
+    command_line = [*arguments, str(folder / "base")]
+    result = json.loads(CliRunner().invoke(command, [*command_line, "--json"], catch_exceptions=False).stdout)
+    kl = result["kl_mean"]
+    assert kl > evaluation.LOSSY_KL == 0.1
+    assert f"a mean KL of {kl:.3g} nats is above 0.1: " in result["warning"]
+    assert f"perplexity is {math.exp(kl):.3g} times the baseline's" in result["warning"]
+    lines = CliRunner().invoke(command, command_line, catch_exceptions=False).stdout.splitlines()
+    assert [line for line in lines if line.startswith("warning ")] == [f"warning             {result['warning']}"]
+    monkeypatch.setattr(evaluation, "LOSSY_KL", kl)
+    quiet = evaluate(folder / "model", folder / "text.txt", folder / "base", seq_len=16, progress=False)
+    assert quiet["kl_mean"] == kl
+    assert "warning" not in quiet
 
 
 def test_defaults_caps_and_models_in_memory(folder: Path) -> None:

@@ -178,7 +178,7 @@ def test_unknown_methods_are_refused(config):
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 5},
+        {"version": 6},
         {"version": None},
         {"groups": None},
         {"groups": 5},

@@ -53,7 +53,8 @@ def test_only_what_is_stored_of_activations_and_transforms_that_look_at_them_obs
         with contextlib.suppress(RecipeError):
             static = {values.get("scheme"), values.get("activation")} & {"static", "tensor-static"}
             stored = static or values.get("outlier_weight") == "float"
-            looks = name == "smoothquant" or values.get("criterion") in ("wanda", "sparsegpt")
+            looks = name in ("smoothquant", "activation-threshold")
+            looks |= values.get("criterion") in ("wanda", "sparsegpt") or values.get("shift", "").startswith("auto")
             assert method_class(name)().observes(values) == bool(stored or looks)
 
 

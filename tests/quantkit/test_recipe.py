@@ -22,6 +22,8 @@ numbers = {
     "alpha": st.floats(0, 1).map("{:.6f}".format),
     "dampening": shares,
     "pattern": shares.map("unstructured:{}".format),
+    "shift": st.floats(-1000, 1000).map("{:.6f}".format) | shares.map("auto:{}".format),
+    "target": shares,
 }
 QUANTIZERS = [name for name in METHODS if method_class(name).quantizes]
 
@@ -33,7 +35,7 @@ def steps(draw, names=tuple(METHODS)):
     parameters = {}
     for parameter in draw(st.lists(st.sampled_from(method_class(name).parameters), unique=True)):
         values = st.sampled_from(parameter.choices)
-        if parameter.check is not None:
+        if parameter.name in numbers:
             values |= numbers[parameter.name]
         parameters[parameter.name] = draw(values)
     if "static" not in parameters.get("activation", "") + parameters.get("scheme", ""):
@@ -133,7 +135,7 @@ def test_a_file_wins_over_no_bundled_name_of_the_same_spelling(tmp_path, monkeyp
 
 
 BAD_STEPS = {
-    "gptq": ("'gptq'", "smoothquant, sparse24, w8a8, int8, int4, llm-int8, fp8", "quantkit methods"),
+    "gptq": ("'gptq'", ", ".join(METHODS), "quantkit methods"),
     "": ("''", "w8a8"),
     "W8A8": ("'W8A8'", "w8a8"),
     "w8a8:": ("''", "key=value"),

@@ -111,7 +111,11 @@ def test_an_evaluation_is_in_the_text_and_the_card(report, model_folder):
         for text in (report.to_text(), model_card(report, source)):
             for words in ("12.3457 ± 0.1000", "12.0000", "1.50e-03", "98.70%", "12,345 tokens of wikitext2"):
                 assert words in text
+            assert "arning" not in text
         assert "quantkit eval THIS" not in model_card(report, source)
+        report.evaluation = EVALUATION | {"warning": "a mean KL of 2 nats is above 0.1"}
+        assert "  warning    a mean KL of 2 nats is above 0.1" in report.to_text().splitlines()
+        assert "\nWarning: a mean KL of 2 nats is above 0.1.\n" in model_card(report, source)
     finally:
         report.evaluation = None
 

@@ -41,13 +41,23 @@ def prune(folder, output, *steps, data, **more):
 
 
 class TestPatterns:
-    @pytest.mark.parametrize("text", ["2:4", "4:8", "unstructured:0.5", "unstructured:0.75", "unstructured:.3"])
+    @pytest.mark.parametrize("text", ["2:4", "4:8", "unstructured:0.5", "unstructured:.3", "64:2:8", "1:2:256"])
     def test_are_written_in_a_step(self, text):
         step = Step.parse(f"sparse24:criterion=wanda,pattern={text}")
         assert step.parameters["pattern"] == text
         assert Step.parse(str(step)) == step
 
-    @pytest.mark.parametrize("text", ["1:4", "unstructured", "unstructured:0", "unstructured:1.0", "unstructured:1e-3"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "1:4",
+            "unstructured",
+            "unstructured:0",
+            "unstructured:1.0",
+            "unstructured:1e-3",
+            *("64:1:8", "64:2:4", "64:2:10", "0:2:8", "64:2:512", "9999999:2:8", "64:2", "64:2:8 "),
+        ],
+    )
     def test_of_other_kinds_are_refused(self, text):
         with pytest.raises(RecipeError, match="pattern="):
             Step.parse(f"sparse24:pattern={text}")
@@ -60,6 +70,14 @@ class TestPatterns:
         assert sparsity.has_groups(torch.tensor([[0, 1.0, 3, 2, 0, 0, 0, 5]]), 4, 8)
         assert not sparsity.is_24(torch.zeros(3, 6))
         assert sparsity.is_24(torch.zeros(6, 4).t(), in_axis=0)
+        tiles = torch.zeros(4, 8)
+        tiles[0, [0, 5]] = tiles[1, [0, 2]] = tiles[2, [6, 7]] = 1.0
+        assert sparsity.has_tiles(tiles, 2, 8)
+        assert not sparsity.has_tiles(tiles, 4, 8)  # five columns are in use
+        tiles[1, 5] = 1.0
+        assert not sparsity.has_tiles(tiles, 2, 8)
+        assert sparsity.has_tiles(torch.zeros(8, 3).t(), 2, 8)
+        assert not sparsity.has_tiles(torch.zeros(3, 9), 2, 8)
 
 
 class TestRecipes:
@@ -94,7 +112,7 @@ class TestRecipes:
         assert sparsity.is_24(floats(tmp_path / "out")["lm_head.weight"])
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured:0.4"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured:0.4", "24:2:8"])
 def test_magnitude_leaves_the_largest_as_they_were(model_folder, tmp_path, pattern):
     report = prune(model_folder("llama"), tmp_path / "out", f"sparse24:criterion=magnitude,pattern={pattern}", data={})
     before = load_file(model_folder("llama") / "model.safetensors")

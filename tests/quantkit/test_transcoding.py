@@ -15,6 +15,7 @@ from quantkit_kernels import sparse24
 from quantkit_kernels.formats import unpack_int32
 
 import quantkit
+from quantkit import transcoding
 from quantkit.checkpoint import Hub, read_config
 from quantkit.errors import CheckpointError, RecipeError
 from quantkit.inspection import inspect_checkpoint
@@ -211,3 +212,39 @@ def test_the_command(cli: Callable[..., Any], tmp_path: Path) -> None:
     said = json.loads(result.stdout)
     assert said["schemes"] == {"2:4 int8, activations per token -> 2:4 int8, activations per token": 7}
     assert said["bytes_after"] == ShardReader(tmp_path / "out").nbytes
+
+
+@pytest.mark.parametrize(("to", "form"), [("dense", "float"), ("compressed-tensors", "compressed-tensors")])
+def test_the_result_has_a_card(tmp_path: Path, to: str, form: str) -> None:
+    source = models.copy(FIXTURES / "sparse24-int8", tmp_path / "model")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# The source's own\n")
+    done = convert(source, tmp_path / "out", to=to, progress=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith(f"---\nlibrary_name: transformers\ntags:\n- quantkit\n- {form}\nlicense: mit\n---\n")
+    assert f"# model, as {form}" in card
+    assert f"| bytes of tensors | {done.bytes_before:,} before, {done.bytes_after:,} after |" in card
+    assert ("layers: 2:4 int8, activations per token -> int8, activations per token | 7 |" in card) == (to != "dense")
+    assert str(tmp_path) not in card
+    assert "source's own" not in card
+
+
+def test_a_conversion_that_is_stopped_leaves_nothing_and_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transcoding, "_copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(FIXTURES / "sparse24-int8", tmp_path / "out", to="quantkit", progress=False)
+    assert not any(tmp_path.iterdir())
+    killed = tmp_path / "out.partial"  # what a kill would have left, half-written
+    killed.mkdir()
+    (killed / "quantkit_partial").touch()
+    (killed / "part-00000.safetensors").write_bytes(b"half")
+    convert(FIXTURES / "sparse24-int8", tmp_path / "out", to="quantkit", progress=False)
+    assert inspect_checkpoint(tmp_path / "out").problems == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(FIXTURES / "sparse24-int8", tmp_path / "out", to="quantkit", progress=False)

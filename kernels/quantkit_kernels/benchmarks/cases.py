@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit_kernels import formats, ops
+from quantkit_kernels import formats, generic, ops, sparse24, venom
 from quantkit_kernels.errors import KernelError
 from quantkit_kernels.packing import unpack_int32
 
@@ -53,6 +53,7 @@ class Case:
         graph: whether a CUDA graph can capture the call: nothing in it waits for the device.
         expected: for a quantizer, the operands to the numbers that codes times scales stand for, in float64, and to the
             scale that was given, or None where the largest of these numbers makes it.
+        skipped: which share of the second operand's rows the op need not read.
     """
 
     prepare: Callable[[Tensor, Tensor], Operands]
@@ -66,6 +67,7 @@ class Case:
     tolerance: float = 2.0**-6
     graph: bool = True
     expected: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    skipped: float = 0.0
 
 
 def named(text: str) -> str:
@@ -91,7 +93,8 @@ def read_bytes(case: Case, operands: Operands) -> int:
     """Return the bytes of the tensors that the case's op reads."""
     read = [operand for operand in operands[: case.reads] if isinstance(operand, Tensor)]
     in_layer = operands[2].numel() * case.layer_bits // 8 if case.layer_bits else 0
-    return in_layer + sum(tensor.numel() * tensor.element_size() for tensor in read)
+    unread = int(case.skipped * operands[1].numel() * operands[1].element_size()) if case.skipped else 0
+    return in_layer - unread + sum(tensor.numel() * tensor.element_size() for tensor in read)
 
 
 def rotated(case: Case, operands: Operands, cache_bytes: int) -> list[Callable[[], Any]]:
@@ -246,6 +249,56 @@ def _packed(bits: int, group_size: int | None) -> Case:
     )
 
 
+def pruned(weight: Tensor, v: int = 1, m: int = 4) -> Tensor:
+    """Return the weight with its smallest numbers set to zero, V:N:M; as it stands 2:4."""
+    return weight * venom.mask(weight.abs(), v, m)
+
+
+def coded(weight: Tensor, name: str) -> tuple[Tensor, Tensor | None, bool]:
+    """Return a weight's codes and their scale, or itself and None where no name is, and whether they have 4 bits."""
+    if not name:
+        return weight, None, False
+    if name == "int4":
+        return *formats.quantize_weight(weight, torch.int8, 128, bits=4), True
+    return *formats.quantize_weight(weight, CODES[name]), False
+
+
+def product_with(x: Tensor, codes: Tensor, scale: Tensor | None) -> Given:
+    """Return what a layer with such weights, unpacked, must give."""
+    right = codes.double() if scale is None else decoded(codes, scale)
+    return x.double(), right, 2.0 * (x.shape[1] + 8), -3
+
+
+def _sparse24(name: str) -> Case:
+    """Return the case of a packed 2:4 weight: in x's dtype where the name is empty, else codes."""
+
+    def prepare(x: Tensor, weight: Tensor) -> Operands:
+        codes, scale, four = coded(pruned(weight), name)
+        return x, *(sparse24.pack_int4 if four else sparse24.pack)(codes), scale
+
+    return Case(
+        prepare,
+        lambda x, values, indices, scale: ops.linear_sparse24(x, values, indices, scale, None),
+        lambda x, values, indices, scale: product_with(x, generic.sparse24_codes(values, indices, x.shape[1]), scale),
+    )
+
+
+def _venom(name: str, v: int, m: int) -> Case:
+    """Return the case of a packed V:N:M weight."""
+
+    def prepare(x: Tensor, weight: Tensor) -> Operands:
+        codes, scale, four = coded(pruned(weight, v, m), name)
+        return x, *(venom.pack_int4 if four else venom.pack)(codes, v, m), scale
+
+    return Case(
+        prepare,
+        lambda x, values, indices, columns, scale: ops.linear_venom(x, values, indices, columns, scale, None, v, m),
+        lambda x, values, indices, columns, scale: product_with(
+            x, generic.venom_codes(values, indices, columns, x.shape[1], v, m), scale
+        ),
+    )
+
+
 def llm_int8(outliers: float) -> Case:
     """Return the case of LLM.int8 with so many outlier columns (below 1: that share of them)."""
     return Case(
@@ -297,6 +350,11 @@ def linear_cases() -> dict[str, Case]:
         "int8 weights, packed": _packed(8, None),
         "int4 weights, packed": _packed(4, 128),
         "fp8 weights": _weight_only("fp8"),
+        "2:4 weights": _sparse24(""),
+        "2:4 int8 weights": _sparse24("int8"),
+        "2:4 fp8 weights": _sparse24("fp8"),
+        "2:4 int4 weights": _sparse24("int4"),
+        "64:2:8 int8 weights": _venom("int8", 64, 8),
         "llm-int8, no outliers": llm_int8(0.0),
         "llm-int8, 0.1 % outliers": llm_int8(SOME_OUTLIERS),
     }

@@ -16,13 +16,18 @@ SETTLED = 5
 """So many calls must have taken no more than a twentieth longer than the fastest: else a line is called disturbed."""
 
 
-def seconds(runs: dict[str, list[Callable[[], Any]]], budget: float, rounds: int) -> dict[str, list[float]]:
+def seconds(
+    runs: dict[str, list[Callable[[], Any]]],
+    budget: float,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Return the least SETTLED seconds of single calls of each name, whose calls go round its list, names in turn.
 
-    A name's turns end early once its least is no chance, which two rounds at least must say.
+    A name's turns end early once its least is no chance, which two rounds at least must say. The clock may be
+    `time.process_time`, for one thread on a machine that others use: it stands still while they run.
     """
     least: dict[str, list[float]] = {name: [] for name in runs}
-    clock = time.perf_counter
     for turn in range(rounds):
         for name, calls in runs.items():
             if turn > 1 and is_settled(least[name]):

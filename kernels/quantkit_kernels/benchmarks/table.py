@@ -22,6 +22,7 @@ from quantkit_kernels.benchmarks.cases import (
 )
 from quantkit_kernels.benchmarks.correctness import is_right
 from quantkit_kernels.benchmarks.shapes import Shape
+from quantkit_kernels.benchmarks.skipping import skipping_cases
 from quantkit_kernels.configurations import architecture
 
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192)
@@ -104,7 +105,7 @@ def groups(words: Sequence[str], device: torch.device, dtype: torch.dtype) -> di
     floats_here = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
     names = {f"{str(each).removeprefix('torch.')}": each for each in floats_here}
     by_kind = {
-        "linear": [Group({name: floats(each) for name, each in names.items()}, linear_cases())],
+        "linear": [Group({name: floats(each) for name, each in names.items()}, linear_cases() | skipping_cases())],
         "experts": [
             Group(
                 {k: v for each in floats_here for k, v in experts.float_experts(each).items()}, experts.expert_cases()

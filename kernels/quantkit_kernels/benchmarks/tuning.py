@@ -19,6 +19,7 @@ from quantkit_kernels.benchmarks.cases import Case, Operands, activations, chose
 from quantkit_kernels.benchmarks.correctness import is_right
 from quantkit_kernels.benchmarks.experts import expert_cases
 from quantkit_kernels.benchmarks.shapes import Shape
+from quantkit_kernels.benchmarks.skipping import skipping_cases
 from quantkit_kernels.benchmarks.table import Bench
 from quantkit_kernels.errors import KernelError
 
@@ -44,7 +45,7 @@ def tunable(words: Sequence[str]) -> dict[str, Case]:
     Raises:
         KernelError: for a word that names no op with a table.
     """
-    found = chosen({**linear_cases(), **expert_cases()}, words)
+    found = chosen({**linear_cases(), **skipping_cases(), **expert_cases()}, words)
     return dict(sorted(found.items(), key=lambda named: not named[0].endswith("product")))
 
 

@@ -1,7 +1,7 @@
 # ruff: noqa: N803 (compile-time constants are written large, as Triton writes them)
 """What the codes of a quantized weight are as numbers, inside Triton kernels: fields of words, and fp8 by its bits.
 
-A weight arrives in units: bytes with one code each, or int32 words with several, the first in the lowest bits. How
+A weight arrives in units: bytes with one code each, or words with several, the first in the lowest bits. How
 they are read has a name, NUMBERS:
 
 | NUMBERS | a unit | its codes |
@@ -11,6 +11,8 @@ they are read has a name, NUMBERS:
 | offset4 | an int32 word of eight | code + 8: `formats.pack_int32` with 4 bits |
 | fp8 | fp8 | the processor's own conversion: E5M2 everywhere, E4M3 from sm_89 on |
 | e4m3 | uint8, or an int32 word of four | E4M3 by its bits, for processors that do not know it |
+| e5m2 | an int32 word of four | E5M2 by its bits |
+| bf16, fp16 | an int64 word of four | the number itself |
 
 Fields of 4 and 8 bits become float32 without an integer conversion, which is slow: or-ed with the exponent of 2**23
 they are the lowest mantissa bits of a float32 number, and one multiply-add takes the rest away. Every step is exact.
@@ -49,14 +51,34 @@ def e4m3_field(words, i: tl.constexpr):
 
 
 @triton.jit
+def e5m2_field(words, i: tl.constexpr):
+    """Return the E5M2 number i, in float32, of each int32 word of four: the upper byte of a float16 number."""
+    half = (words >> (8 * i - 8)) if i > 0 else words << 8
+    return (half & 0xFF00).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def wide_field(words, BFLOAT: tl.constexpr, i: tl.constexpr):
+    """Return number i, in float32, of each int64 word of four in bfloat16 (BFLOAT) or float16."""
+    half = words >> (16 * i)
+    if BFLOAT:
+        return (half.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def word_codes(words, exponent, NUMBERS: tl.constexpr, i: tl.constexpr):
-    """Return code i, in float32, of each int32 word (see NUMBERS; "fp8" has no words)."""
+    """Return code i, in float32, of each word (see NUMBERS; "fp8" has no words)."""
     if NUMBERS == "offset4":
         values = field(words, exponent, 4, i)
     elif NUMBERS == "int8":  # flipping the top bit adds 128
         values = field(words ^ -0x7F7F7F80, exponent, 8, i)
     elif NUMBERS == "offset8":
         values = field(words, exponent, 8, i)
+    elif NUMBERS == "e5m2":
+        values = e5m2_field(words, i)
+    elif NUMBERS == "bf16" or NUMBERS == "fp16":
+        values = wide_field(words, NUMBERS == "bf16", i)
     else:
         values = e4m3_field(words, i)
     return values

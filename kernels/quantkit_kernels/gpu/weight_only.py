@@ -55,7 +55,7 @@ larger tiles would spill."""
 SUM_BLOCK = 512
 """Out features of a token that one program adds up."""
 
-_COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def way(x: Tensor, weight: Tensor, weight_scale: Tensor, bits: int | None = None) -> str:
@@ -145,7 +145,7 @@ def _launch_token(
     out_features, (groups, in_features) = out.shape[1], (weight_scale.shape[1], x.shape[1])
     units = token_units(weight, in_features, groups, bits)
     assert units is not None
-    config = config or _narrowed(_configuration("weight_only_token", x, out_features, bits), out_features, x.device)
+    config = config or narrowed(_configuration("weight_only_token", x, out_features, bits), out_features, x.device)
     weight_only_token_kernel[(triton.cdiv(out_features, config["block_n"]),)](
         x,
         units.tensor,
@@ -189,7 +189,7 @@ def _launch_tiles(
     scales, block_k = scales_and_depth(in_features // groups, groups, units.per_unit, config["block_k"])
     tiles = triton.cdiv(tokens, config["block_m"]) * triton.cdiv(out_features, config["block_n"])
     steps = triton.cdiv(in_features, block_k)
-    parts = min(config["parts"], steps) if "parts" in config else _parts(tiles, steps, tokens, _processors(x.device))
+    parts = min(config["parts"], steps) if "parts" in config else split(tiles, steps, tokens, x.device)
     steps_each = triton.cdiv(steps, parts)
     parts = triton.cdiv(steps, steps_each)  # none of them is empty
     sums = out if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
@@ -216,7 +216,7 @@ def _launch_tiles(
         PER_UNIT=units.per_unit,
         SCALES=scales,
         HAS_BIAS=bias is not None and parts == 1,
-        COMPUTE=tl.float32 if knobs.runtime.interpret else _COMPUTE[x.dtype],
+        COMPUTE=tl.float32 if knobs.runtime.interpret else COMPUTE[x.dtype],
         BLOCK_M=config["block_m"],
         BLOCK_N=config["block_n"],
         BLOCK_K=block_k,
@@ -256,13 +256,13 @@ def _aligned(x: Tensor, units: Tensor) -> bool:
     return all(number % 16 == 0 for number in numbers)
 
 
-def _parts(tiles: int, steps: int, tokens: int, processors: int) -> int:
+def split(tiles: int, steps: int, tokens: int, device: torch.device) -> int:
     """Return among how many programs K is split: enough to fill the processors, twice with few tokens."""
-    wanted = (2 if tokens <= FEW_TOKENS else 1) * processors
+    wanted = (2 if tokens <= FEW_TOKENS else 1) * _processors(device)
     return max(1, min(wanted // tiles, steps // 2, MAX_SPLIT))
 
 
-def _narrowed(config: dict[str, int], out_features: int, device: torch.device) -> dict[str, int]:
+def narrowed(config: dict[str, int], out_features: int, device: torch.device) -> dict[str, int]:
     """Return the configuration with fewer rows a program where there would be less than two programs a processor."""
     block_n, wanted = config["block_n"], 2 * _processors(device)
     while block_n > 1 and triton.cdiv(out_features, block_n) < wanted:

@@ -124,7 +124,7 @@ def _product(
     if PER_UNIT == 1:
         w_nk = codes.byte_codes(w_nu, NUMBERS, COMPUTE)
         if SCALED:
-            w_nk = _scaled(w_nk, scale_nu, COMPUTE)
+            w_nk = scaled_codes(w_nk, scale_nu, COMPUTE)
         acc_nm = tl.dot(w_nk, x_mk.T, acc_nm)
     else:
         HALF: tl.constexpr = PER_UNIT * BLOCK_U // 2
@@ -143,13 +143,13 @@ def _product(
         for i in tl.static_range(PER_UNIT):
             w_nk = codes.word_codes(w_nu, exponent, NUMBERS, i)
             if SCALED:
-                w_nk = _scaled(w_nk, scale_nu, COMPUTE)
+                w_nk = scaled_codes(w_nk, scale_nu, COMPUTE)
             acc_nm = tl.dot(w_nk.to(COMPUTE), parts[i].T, acc_nm)
     return acc_nm
 
 
 @triton.jit
-def _scaled(w_nk, scale_nk, COMPUTE: tl.constexpr):
+def scaled_codes(w_nk, scale_nk, COMPUTE: tl.constexpr):
     """Return codes times scales, rounded to the scales' dtype and then to COMPUTE: `formats.dequantize`."""
     return (w_nk.to(tl.float32) * scale_nk.to(tl.float32)).to(scale_nk.dtype).to(COMPUTE)
 
