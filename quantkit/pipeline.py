@@ -414,16 +414,10 @@ def compress(
     windows: torch.Tensor | None,
     progress: bool,
 ) -> Outcome:
-    """Write every stage that isn't written yet; with windows the blocks are calibrated on them.
-
-    Ranks share the stages, or the windows.
-    """
+    """Write every stage that isn't yet; with windows blocks are calibrated on them. Ranks share stages, or windows."""
     ranks = current()
     if windows is None and not ranks.is_alone and not journal.is_complete:
-        with Steps("quantizing", len(plan.stages), "block", disable=not progress) as steps:
-            compress_units(plan, source, journal, device, steps.advance)
-        journal.complete()
-        return journal.outcome()
+        return compress_units(plan, source, journal, device, progress)
     first = [stage for stage in plan.stages if windows is None or not stage.is_block]
     with Steps("quantizing", len(plan.stages), "block", disable=not progress) as steps:
         for stage in first:

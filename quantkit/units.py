@@ -15,6 +15,7 @@ from quantkit.compression import compress_stage
 from quantkit.journal import Journal
 from quantkit.outcome import Outcome
 from quantkit.planning import Plan, Stage, tensor_specs
+from quantkit.progress import Steps
 from quantkit.ranks import current
 from quantkit.shards import Part, ShardWriter
 
@@ -59,18 +60,24 @@ def _sizes(plan: Plan, source: Source, key: str) -> list[int]:
     return [spec.nbytes for spec in tensor_specs(target, plan.layout).values()]
 
 
-def compress_units(
-    plan: Plan, source: Source, journal: Journal, device: torch.device, advance: Callable[[], None]
-) -> None:
-    """Return nothing; all stages are written and recorded, and the first rank's journal knows of them.
+def compress_units(plan: Plan, source: Source, journal: Journal, device: torch.device, progress: bool) -> Outcome:
+    """What came of all stages, as the first rank knows it: they are written and recorded now.
 
     Args:
         plan: what happens to which tensor.
         source: the model.
         journal: says what is finished already.
         device: where weights are quantized.
-        advance: called for each stage that is done, or that another rank has begun.
+        progress: show progress on stderr.
     """
+    with Steps("quantizing", len(plan.stages), "block", disable=not progress) as steps:
+        _share(plan, source, journal, device, steps.advance)
+    journal.complete()
+    return journal.outcome()
+
+
+def _share(plan: Plan, source: Source, journal: Journal, device: torch.device, advance: Callable[[], None]) -> None:
+    """Do this rank's part; `advance` is called for each stage that some rank has begun."""
     ranks, limits = current(), journal.writer
     stages = [stage for stage in plan.stages if journal.finished(stage.name) is None]
     for _ in range(len(plan.stages) - len(stages)):
@@ -89,6 +96,8 @@ def compress_units(
         for stage in left[number]:
             outcome = outcomes[stage.name] = Outcome()
             outcome.layers += compress_stage(stage, plan, source, writer, device, pruned=outcome.pruned)
+            if plan.activating is not None and stage.is_block:
+                outcome.activations += plan.activating.given(stage.name)
         writer.write()
         journal.put(number, outcomes, writer)
         done[number] = (outcomes, writer.parts, writer.checksums)
