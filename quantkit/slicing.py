@@ -55,6 +55,8 @@ def placements(layer: QuantizedLinear, ranks: int, rows: bool) -> dict[str, int 
             f"a layer of {layer.out_features} x {layer.in_features} with {scheme.label} cannot be cut into {ranks} "
             f"slices of its {'out' if rows else 'in'} features, each a multiple of {unit}; use fewer ranks"
         )
+    if scheme.tiles is not None:
+        raise CheckpointError(f"a layer packed by {scheme.sparsity} cannot be cut; load it in one process")
     if not rows and scheme.outlier_columns is not None:
         raise CheckpointError(
             "a layer with columns in float cannot be cut along its in features; load it in one process"

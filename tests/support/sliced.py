@@ -1,9 +1,13 @@
-"""What a model that is spread over several processes gives; run in each of them."""
+"""Models and layers that are spread over several processes: what each of them gives, and slices cut by hand."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from quantkit.formats import FORMATS
+from quantkit.modules import QuantizedLinear
+from quantkit.slicing import SIZES, placements, slice_specs
 
 TOKENS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -39,3 +43,21 @@ def write(folders: list[str], output: str) -> None:
         }
         found[folder] = (logits(model), shapes)
     torch.save(found, Path(output) / f"{os.environ['RANK']}.pt")
+
+
+def slice_of(layer: QuantizedLinear, number: int, ranks: int, rows: bool) -> QuantizedLinear:
+    """A slice of a layer, cut as the placements say."""
+    size = (
+        (layer.in_features, layer.out_features // ranks) if rows else (layer.in_features // ranks, layer.out_features)
+    )
+    layout = FORMATS[layer.format]
+    made = QuantizedLinear(*size, layer.scheme, layout, bias=False, dtype=torch.bfloat16, transposed=layer.transposed)
+    for leaf, axis in placements(layer, ranks, rows).items():
+        value = layer.get_buffer(leaf)
+        if leaf in SIZES:
+            value = torch.tensor([made.out_features, made.in_features], dtype=value.dtype).view(value.shape)
+        elif axis is not None:
+            value = value.chunk(ranks, axis)[number]
+        made._buffers[leaf] = value
+        assert tuple(value.shape) == slice_specs(layer, ranks, rows)[leaf].shape
+    return made

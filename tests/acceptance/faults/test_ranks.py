@@ -10,7 +10,10 @@ import pytest
 import torch
 from forks import appears, contents, partial
 from safetensors.torch import load_file
+from sliced import logits, slice_of
 from transformers import MixtralConfig, MixtralForCausalLM
+
+from quantkit import load
 
 SMALL_FILES = ("constant", {"module": "quantkit.shards", "name": "SMALLEST_SHARD", "value": 8000})
 """Files are worth writing that hold a block of these models."""
@@ -251,3 +254,58 @@ def test_other_commands_are_refused(forks, places):
         "launch"
     ]
     assert ended[1].said == ""
+
+
+def test_a_model_is_spread_over_ranks_by_the_plan_of_transformers(forks, tmp_path):
+    """Weights alone: the logits of one process, but for the order of sums. 8-bit activations: those of a model whose
+    cut layers are sums of slices, each of which quantizes the part of a token that it is given."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "attention_bias": True, "mlp_bias": True}
+    source = models.save(models.llama_model(**sizes), tmp_path / "source")
+    folders = {}
+    for name, words in {
+        "int4": ("-m", "int4"),
+        "native": ("-m", "int8:group=128", "--format", "quantkit"),
+        "w8a8": ("-m", "w8a8"),
+    }.items():
+        folders[name] = tmp_path / name
+        assert forks.run("quantize", source, "-o", folders[name], *words).status == 0
+    write = (
+        "instead",
+        {
+            "module": "sliced",
+            "name": "write",
+            "arguments": {"folders": [str(folder) for folder in folders.values()], "output": str(tmp_path)},
+        },
+    )
+    ended = jobs.run(forks, 2, calls={0: (write,), 1: (write,)})
+    assert [each.status for each in ended] == [0, 0], [each.said for each in ended]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, folder in folders.items():
+        model = load(folder)
+        if name == "w8a8":
+            slice_columns(model)
+        exact = logits(model)
+        for found, shapes in (first[str(folder)], second[str(folder)]):
+            assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+            whole = {leaf: tuple(value.shape) for leaf, value in model.model.layers[0].self_attn.q_proj.named_buffers()}
+            words = next(leaf for leaf in whole if leaf.startswith("weight") and "sc" not in leaf and "sh" not in leaf)
+            assert shapes["q_proj"][words] == (whole[words][0] // 2, *whole[words][1:])
+
+
+def slice_columns(model):
+    """Put sums of two slices in place of the layers whose columns are cut."""
+    for name, layer in list(model.named_modules()):
+        if name.endswith(("o_proj", "down_proj")):
+            model.set_submodule(name, Halves(layer))
+
+
+class Halves(torch.nn.Module):
+    """A packed layer as two slices of its columns."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(slice_of(layer, number, 2, rows=False) for number in (0, 1))
+        self.bias = layer.bias
+
+    def forward(self, x):
+        return sum(part(half) for part, half in zip(self.parts, x.chunk(2, -1), strict=True)) + self.bias
