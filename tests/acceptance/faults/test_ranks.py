@@ -1,19 +1,23 @@
 """Several processes share a run or an evaluation: the result is that of one, and when one of them ends, all do."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jobs
 import models
 import pytest
 import torch
 from forks import appears, contents, partial
-from safetensors.torch import load_file
+from safetensors.torch import load
 from sliced import logits, slice_of
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from quantkit import load
+import quantkit
 
 SMALL_FILES = ("constant", {"module": "quantkit.shards", "name": "SMALLEST_SHARD", "value": 8000})
 """Files are worth writing that hold a block of these models."""
@@ -86,7 +90,7 @@ def log_of(output):
     [
         ("llama", "plain", 2),
         ("llama", "searched", 2),
-        ("mixtral", "searched", 3),
+        ("mixtral", "searched", 2),
         *(
             pytest.param(name, recipe, count, marks=pytest.mark.exhaustive)
             for name in ("llama", "mixtral")
@@ -125,13 +129,18 @@ def test_sums_are_those_of_one_process_within_rounding(forks, words, whole, tmp_
     """
     ended = run(forks, 2, *words("llama", "sparsegpt"), "-o", tmp_path / "out")
     assert ended[0].status == 0, ended[0].said
-    one, two = tmp_path / "one", tmp_path / "out"
-    assert forks.run(*words("llama", "sparsegpt"), "-o", one).status == 0
-    for path in two.glob("*.safetensors"):
-        for name, value in load_file(path).items():
-            exact = next(found[name] for each in one.glob("*.safetensors") if name in (found := load_file(each)))
-            assert torch.equal(value == 0, exact == 0)
-            assert (value - exact).abs().max() <= 2e-5 * exact.abs().max()
+    one = loads(whole("llama", "sparsegpt"))
+    two = loads(contents(tmp_path / "out"))
+    assert one.keys() == two.keys()
+    for name, exact in one.items():
+        assert torch.equal(two[name] == 0, exact == 0)
+        assert (two[name] - exact).abs().max() <= 2e-5 * exact.abs().max()
+
+
+def loads(files):
+    """All tensors of an output, by name."""
+    parts = [load(data) for name, data in files.items() if name.endswith(".safetensors")]
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def test_an_evaluation_gives_the_numbers_of_one_process(forks, places, whole, tmp_path):
@@ -211,6 +220,7 @@ def test_an_error_of_another_rank_is_told_by_the_first(forks, words, tmp_path):
     assert ended[1].said == ""
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_hangs(forks, words, tmp_path):
     output = tmp_path / "out"
     patience = ("constant", {"module": "quantkit.ranks", "name": "SILENT", "value": 8.0})
@@ -224,6 +234,7 @@ def test_a_rank_that_hangs(forks, words, tmp_path):
     assert first.lines[-1] == "Error: rank 1 of 2 has given no sign of life for 8 s"
 
 
+@pytest.mark.exhaustive
 def test_sums_go_on_with_as_many_ranks_as_they_were_begun_with(forks, words, tmp_path):
     output, line = tmp_path / "out", words("llama", "sparsegpt")
     calls = {1: (killed("SIGKILL", "quantkit.calibrated", "_Work._prune", 2),)}
@@ -281,7 +292,7 @@ def test_a_model_is_spread_over_ranks_by_the_plan_of_transformers(forks, tmp_pat
     assert [each.status for each in ended] == [0, 0], [each.said for each in ended]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, folder in folders.items():
-        model = load(folder)
+        model = quantkit.load(folder)
         if name == "w8a8":
             slice_columns(model)
         exact = logits(model)
@@ -309,3 +320,31 @@ class Halves(torch.nn.Module):
 
     def forward(self, x):
         return sum(part(half) for part, half in zip(self.parts, x.chunk(2, -1), strict=True)) + self.bias
+
+
+def test_ranks_of_different_versions(forks, words, tmp_path):
+    other = ("constant", {"module": "quantkit.pipeline", "name": "__version__", "value": "0.0.0"})
+    ended = run(forks, 2, *words("llama", "plain"), "-o", tmp_path / "out", calls={1: (other,)})
+    assert [each.status for each in ended] == [1, 1]
+    assert ended[0].lines[-1].startswith("Error: rank 1 has another version of quantkit than rank 0 (0.0.0, and ")
+    assert ended[1].said == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.exhaustive
+def test_torchrun(places, whole, words, tmp_path):
+    """The launcher itself, which ends the others when one is killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "quantkit"]
+    line = [*launch, *map(str, words("mixtral", "searched")), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        assert appears(partial(tmp_path / "out") / "quantkit_state" / "record-00000.json")
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(max(map(int, children)), signal.SIGKILL)
+        _, said = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert "of 2 ended without a word (killed, or out of memory), and the job with it" in said
+    assert "the same command goes on from there" in said
+    ended = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert contents(tmp_path / "out") == whole("mixtral", "searched")
