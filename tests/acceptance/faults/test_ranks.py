@@ -332,7 +332,7 @@ def test_ranks_of_different_versions(forks, words, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_torchrun(places, whole, words, tmp_path):
+def test_torchrun(forks, words, tmp_path):
     """The launcher itself, which ends the others when one is killed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "quantkit"]
@@ -347,4 +347,5 @@ def test_torchrun(places, whole, words, tmp_path):
     assert "the same command goes on from there" in said
     ended = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert contents(tmp_path / "out") == whole("mixtral", "searched")
+    assert forks.run(*words("mixtral", "searched"), "-o", tmp_path / "one").status == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
