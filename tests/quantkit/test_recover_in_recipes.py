@@ -80,7 +80,7 @@ def whole(tmp_path_factory, model_folder, words):
     return output
 
 
-@pytest.mark.parametrize("stop", ["training", "quantizer", "end"])
+@pytest.mark.parametrize("stop", ["training", pytest.param("quantizer", marks=pytest.mark.exhaustive), "end"])
 def test_every_stage_goes_on_where_it_was_stopped(tmp_path, model_folder, words, whole, monkeypatch, stop):
     with monkeypatch.context() as patch:
         if stop == "training":
