@@ -105,8 +105,8 @@ class QuantizedLinear(nn.Module):
     weight beside what is stored, whatever `keep_decoded` says: see `quantkit_kernels.cpu_int4`.
 
     A 2:4 sparse weight is unpacked in the op. On a CPU that takes longer than the product with any number of tokens, so
-    that there it is kept decoded unless `keep_decoded` is False. With activations in 8 bits no op takes it packed: codes
-    are unpacked in the first call and kept, 1 byte a weight beside what is stored.
+    that there it is kept decoded unless `keep_decoded` is False. With activations in 8 bits no op takes it packed:
+    codes are unpacked in the first call and kept, 1 byte a weight beside what is stored.
 
     Args:
         in_features: K.
