@@ -17,9 +17,9 @@ from quantkit import load, quantize, recover
 from quantkit.errors import QuantkitError
 from quantkit.journal import STATE
 from quantkit.methods.recover import count_of
+from quantkit.recovery.training import Keeper, Order, Schedule, Training, loss_of
 from quantkit.shards import ShardReader, read_tensors, write_tensors
 from quantkit.sparsity import is_24
-from quantkit.training import Keeper, Order, Schedule, Training, loss_of
 
 WORDS = {"tokens": 1024, "batch_tokens": 128, "seq_len": 32, "learning_rate": 0.01, "warmup": 0.2, "progress": False}
 

@@ -8,9 +8,9 @@ import torch
 from quantkit import quantize, recover, staging
 from quantkit.errors import QuantkitError
 from quantkit.recipe import Recipe
+from quantkit.recovery.training import Training
 from quantkit.shards import ShardReader
 from quantkit.staging import split
-from quantkit.training import Training
 
 SPARSE = "sparse24:criterion=wanda"
 RECOVER = "recover:tokens=512,batch=128,lr=0.003,distill=0.5"

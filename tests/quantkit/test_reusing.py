@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import quantkit
-from quantkit import reusing, skipping
+from quantkit import skipping
 from quantkit.errors import QuantkitError
 from quantkit.generation import complete
+from quantkit.skipping import reusing
 
 
 def loop(active, run):

@@ -9,8 +9,9 @@ from quantkit_kernels.backends import counted as counted_ops
 from torch import nn
 
 import quantkit
-from quantkit import activations, gating, skipping
+from quantkit import activations, skipping
 from quantkit.generation import complete
+from quantkit.skipping import gating
 
 PROMPT = "ROMEO:\n"
 
