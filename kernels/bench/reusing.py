@@ -4,8 +4,8 @@
 
 The model reads windows of text as it would have generated them token by token, with the neurons of the first G tokens
 reused for the next G and so on (`quantkit.skipping.reusing.as_if_reused`): every second run of G tokens leaves out the
-neurons that the run before it didn't use. Beside the perplexity over all tokens there is that of the tokens that are predicted
-in runs with reused neurons, and the plain model's on the same tokens.
+neurons that the run before it didn't use. Beside the perplexity over all tokens there is that of the tokens that are
+predicted in runs with reused neurons, and the plain model's on the same tokens.
 """
 
 import argparse
