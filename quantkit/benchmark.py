@@ -49,7 +49,7 @@ def benchmark(
     baseline_dtype: str | None = None,
     cache: str = "auto",
     backend: str = "auto",
-    keep_decoded: bool = False,
+    keep_decoded: bool | None = None,
     attention: str = "auto",
     device: str = "auto",
     threads: int | None = None,
@@ -121,7 +121,7 @@ def benchmark(
         contenders = []
         steps = stack.enter_context(Steps("benchmark", len(given) * (runs + 1), "run", disable=not progress))
         for source, role, where, each in given:
-            kept, used = (keep_decoded, attention) if role == "model" else (False, "transformers")
+            kept, used = (keep_decoded, attention) if role == "model" else (None, "transformers")
             path = "" if where is None else str(where)
             task = Task(name_of(source), path, each, place, backend, kept, *common, used)
             contenders.append(stack.enter_context(_contender(source, role, task, hub)))

@@ -458,6 +458,7 @@ class _Work:
         if bias is not None:
             made.bias = nn.Parameter(bias.detach(), requires_grad=False)
         carry_over(module, made)
+        made.keep_decoded = False  # the same bits whether zeros are packed or written
         return made.eval()
 
 

@@ -13,8 +13,8 @@ from quantkit.checkpoint import Hub, load_tokenizer
 from quantkit.errors import CheckpointError, DataError, QuantkitError
 from quantkit.loading import load
 from quantkit.pairing import context_length
-from quantkit.reusing import check_run, reusing
 from quantkit.skipping import counted
+from quantkit.skipping.reusing import check_run, reusing
 
 log = logging.getLogger("quantkit")
 
@@ -48,7 +48,7 @@ def complete(
         backend: which implementation of the ops runs.
         skip_zeros: as for `load`.
         reuse_neurons: for so many tokens at a time only neurons that were active in as many before are computed, which
-            changes the text (see `quantkit.reusing`); 0 never does.
+            changes the text (see `quantkit.skipping.reusing`); 0 never does.
         tell: is given a line on what wasn't read, where one of the two is wanted.
         hub: how the model is found.
 

@@ -33,7 +33,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
     *,
-    keep_decoded: bool = False,
+    keep_decoded: bool | None = None,
     skip_zeros: bool = False,
     attention: str = "auto",
     tensor_parallel: bool = False,
@@ -53,7 +53,8 @@ def load(
         dtype: dtype of everything that isn't compressed; None for what the checkpoint says.
         backend: `auto`, `torch` or `triton`: which implementation of the ops to use.
         keep_decoded: on a CPU, keep weights that would be decoded at every call as they are decoded: faster with few
-            tokens, for 2 bytes a weight more in bfloat16 and 4 in float32 (see `QuantizedLinear`).
+            tokens, for 2 bytes a weight more in bfloat16 and 4 in float32 (see `QuantizedLinear`). None keeps those
+            that are packed without zeros (2:4), False none.
         skip_zeros: let linear layers whose input is often zero, which a pass over random tokens shows, read only the
             rows of their weights that they need: faster with few tokens, different by rounding (see
             `quantkit.skipping`).
@@ -117,6 +118,8 @@ def load(
             what = _remedy(info.get("unexpected_keys") or ())
             raise CheckpointError(f"{path}: {kind.replace('_', ' ')}, {name} first; {what}")
     _refuse_unexpected(model, info.get("unexpected_keys") or (), str(path))
+    if keep_decoded is False:
+        modules.keep_decoded(model, keep=False)
     if keep_decoded and (place.type != "cpu" or not modules.keep_decoded(model)):
         log.warning("keep_decoded is unused: no layer of %s decodes its weight on a CPU", path)
     if attention == "auto" and place.type == "cpu":

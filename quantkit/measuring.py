@@ -60,7 +60,7 @@ class Task:
     dtype: str | None
     device: str
     backend: str
-    keep_decoded: bool
+    keep_decoded: bool | None
     cache: str
     prompt_tokens: int
     new_tokens: int

@@ -58,6 +58,10 @@ def op_of(scheme: Scheme, packed: bool) -> str:
     return kinds.get(scheme.activation, "linear_dynamic")
 
 
+SPARSE = ("linear_sparse24", "linear_venom")
+"""The ops whose weights are packed without their zeros."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """A decoded weight [N, K] that a layer keeps, and what it was made for.
@@ -100,8 +104,9 @@ class QuantizedLinear(nn.Module):
     4-bit weights alone, with activations in bfloat16, are kept in the order that a kernel of torch reads, half a byte a
     weight beside what is stored, whatever `keep_decoded` says: see `quantkit_kernels.cpu_int4`.
 
-    A 2:4 sparse weight is unpacked in the op, at every call. With activations in 8 bits no op takes it packed: codes
-    are unpacked in the first call and kept, 1 byte a weight beside what is stored.
+    A 2:4 sparse weight is unpacked in the op. On a CPU that takes longer than the product with any number of tokens, so
+    that there it is kept decoded unless `keep_decoded` is False. With activations in 8 bits no op takes it packed:
+    codes are unpacked in the first call and kept, 1 byte a weight beside what is stored.
 
     Args:
         in_features: K.
@@ -114,11 +119,11 @@ class QuantizedLinear(nn.Module):
         transposed: whether the float weight lies in the model as [K, N]; some formats then store codes so.
 
     Attributes:
-        keep_decoded: whether a decoded weight is kept on a CPU.
+        keep_decoded: whether a decoded weight is kept on a CPU; None is for sparse weights alone.
         is_merged: whether its tensors are made of others while they are loaded.
     """
 
-    keep_decoded = False
+    keep_decoded: bool | None = None
     is_merged = False
 
     def __init__(
@@ -156,7 +161,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output [..., N] in x's dtype, for x [..., K]."""
         op, scheme, bias, backend = self._op, self.scheme, self._parameters.get("bias"), self.backend
-        keeps = self.keep_decoded and backend != "triton"  # which is an order: the op obeys it, or says why not
+        keeps = op in SPARSE if self.keep_decoded is None else self.keep_decoded
+        keeps = keeps and backend != "triton"  # which is an order: the op obeys it, or says why not
         if keeps and scheme.activation_dtype != "int8" and is_plain_call(x, bias):
             found = self._decoded_for(x.dtype)
             if found is not None:
@@ -168,7 +174,7 @@ class QuantizedLinear(nn.Module):
                 return cpu_int4.linear(x, reordered.weight, reordered.scale, bias)
             packed, scale = self.get_buffer(self._words), self._by_row(self.get_buffer("weight_scale"))
             return ops.linear_weight_only_packed(x, packed, scale, bias, scheme.bits, backend)
-        if op in ("linear_sparse24", "linear_venom"):
+        if op in SPARSE:
             parts = self.sparse_parts()
             sparse_scale = None if scheme.is_float else self._by_row(self.get_buffer("weight_scale"))
             if scheme.tiles is not None:
@@ -328,8 +334,10 @@ def _is_eager_on_gpu(x: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
-def keep_decoded(model: nn.Module, keep: bool = True) -> int:
+def keep_decoded(model: nn.Module, keep: bool | None = True) -> int:
     """How many weights of the model are kept decoded on a CPU from their next product on, or are no longer.
+
+    With `keep` None it is decided for each layer: sparse weights are kept.
 
     They cost 2 bytes each for activations in bfloat16, 4 for float32, and 1 where they are unpacked codes. See
     `QuantizedLinear`.

@@ -3,9 +3,9 @@
     python kernels/bench/reusing.py MODEL --dataset text.txt --runs 4 8 16 32
 
 The model reads windows of text as it would have generated them token by token, with the neurons of the first G tokens
-reused for the next G and so on (`quantkit.reusing.as_if_reused`): every second run of G tokens leaves out the neurons
-that the run before it didn't use. Beside the perplexity over all tokens there is that of the tokens that are predicted
-in runs with reused neurons, and the plain model's on the same tokens.
+reused for the next G and so on (`quantkit.skipping.reusing.as_if_reused`): every second run of G tokens leaves out the
+neurons that the run before it didn't use. Beside the perplexity over all tokens there is that of the tokens that are
+predicted in runs with reused neurons, and the plain model's on the same tokens.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from quantkit import load, reusing
+from quantkit import load
 from quantkit.checkpoint import load_tokenizer
 from quantkit.pairing import context_length
+from quantkit.skipping import reusing
 from quantkit.texts import read, tokenize
 
 

@@ -90,7 +90,8 @@ def test_ways():
         assert way(1, packed(pattern=pattern)) == "token"
         assert way(2, packed(pattern=pattern)) == expected  # of 8 rows a V of 8 is all
         assert way(kernels.COLUMN_TOKENS + 1, packed(pattern=pattern)) == "whole"
-    assert way(1, packed(pattern=(64, 16), groups=256)) == way(2, packed(pattern=(64, 16), groups=256)) == "tiles"
+    assert way(1, packed(pattern=(64, 16), groups=128)) == way(2, packed(pattern=(64, 16), groups=128)) == "tiles"
+    assert way(2, packed(pattern=(64, 16), groups=256)) == "whole"  # a word, but two groups
     assert way(1, packed(pattern=(64, 16), groups=512)) == "whole"  # a tile of 16 in features, but two groups
 
 

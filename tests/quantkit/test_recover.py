@@ -17,9 +17,9 @@ from quantkit import load, quantize, recover
 from quantkit.errors import QuantkitError
 from quantkit.journal import STATE
 from quantkit.methods.recover import count_of
+from quantkit.recovery.training import Keeper, Order, Schedule, Training, loss_of
 from quantkit.shards import ShardReader, read_tensors, write_tensors
 from quantkit.sparsity import is_24
-from quantkit.training import Keeper, Order, Schedule, Training, loss_of
 
 WORDS = {"tokens": 1024, "batch_tokens": 128, "seq_len": 32, "learning_rate": 0.01, "warmup": 0.2, "progress": False}
 
@@ -183,7 +183,9 @@ def test_only_linear_layers(tmp_path, text, sparse):
     assert changed == {key for key in before if "proj" in key or key == "lm_head.weight"}
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({"batch_size": 1}, marks=pytest.mark.exhaustive), {"gradient_checkpointing": True}]
+)
 def test_how_it_is_computed_changes_nothing_but_rounding(tmp_path, text, sparse, changes):
     data = {"dataset": str(text / "train.txt"), **WORDS}
     recover(sparse(), tmp_path / "one", **data)
@@ -350,7 +352,14 @@ def test_lora_is_merged_and_keeps_zeros(tmp_path, text, sparse, monkeypatch):
         assert float(delta.abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        pytest.param("llama", marks=pytest.mark.exhaustive),
+        pytest.param("mixtral", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_what_lora_trains_is_what_is_written(tmp_path, text, sparse, monkeypatch, name):
     """The wrapped model's logits after the last step are those of the checkpoint."""
     pytest.importorskip("peft", reason="peft is not installed")

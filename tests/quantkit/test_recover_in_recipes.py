@@ -8,9 +8,9 @@ import torch
 from quantkit import quantize, recover, staging
 from quantkit.errors import QuantkitError
 from quantkit.recipe import Recipe
+from quantkit.recovery.training import Training
 from quantkit.shards import ShardReader
 from quantkit.staging import split
-from quantkit.training import Training
 
 SPARSE = "sparse24:criterion=wanda"
 RECOVER = "recover:tokens=512,batch=128,lr=0.003,distill=0.5"
@@ -80,7 +80,7 @@ def whole(tmp_path_factory, model_folder, words):
     return output
 
 
-@pytest.mark.parametrize("stop", ["training", "quantizer", "end"])
+@pytest.mark.parametrize("stop", ["training", pytest.param("quantizer", marks=pytest.mark.exhaustive), "end"])
 def test_every_stage_goes_on_where_it_was_stopped(tmp_path, model_folder, words, whole, monkeypatch, stop):
     with monkeypatch.context() as patch:
         if stop == "training":

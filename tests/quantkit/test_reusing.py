@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import quantkit
-from quantkit import reusing, skipping
+from quantkit import skipping
 from quantkit.errors import QuantkitError
 from quantkit.generation import complete
+from quantkit.skipping import reusing
 
 
 def loop(active, run):
@@ -97,6 +98,23 @@ def test_weights_of_other_neurons_are_not_read(models):
         found = [_step(model, ids[:, place], out.past_key_values) for place in range(8, 12)]
         hook.remove()
     assert torch.equal(torch.stack(found), torch.stack(plain))
+
+
+def test_another_prompt_begins_anew(models):
+    model = quantkit.load(models["float"])
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randint(65, (1, 12), generator=generator) for _ in range(2))
+
+    def read(ids, tokens):
+        out = model(input_ids=ids[:, :4], use_cache=True)
+        return torch.stack([_step(model, ids[:, place], out.past_key_values) for place in range(4, 4 + tokens)])
+
+    with torch.inference_mode():
+        with reusing.reusing(model, 4):
+            expected = read(second, 8)
+        with reusing.reusing(model, 4):
+            read(first, 2)  # in the middle of a run
+            assert torch.equal(read(second, 8), expected)
 
 
 def _step(model, token, cache):

@@ -133,10 +133,12 @@ def test_packed_or_with_zeros_the_weights_and_outputs_are_equal(model_folder, tm
     assert made.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(made[key], value), key
-    out = logits(quantkit.load(packed))
+    out = logits(quantkit.load(packed, keep_decoded=False))
     assert torch.equal(out, logits(quantkit.load(dense)))
+    kept = logits(quantkit.load(packed))  # weights as oneDNN orders them: sums in another order
+    assert torch.allclose(kept.float(), out.float(), rtol=0, atol=0.02 * float(out.float().abs().max()))
     model = AutoModelForCausalLM.from_pretrained(packed)
-    assert torch.equal(logits(model), out)
+    assert torch.equal(logits(model), kept)
     model.save_pretrained(tmp_path / "again")
     before, after = models.read_tensors(packed), models.read_tensors(tmp_path / "again")
     assert before.keys() == after.keys()

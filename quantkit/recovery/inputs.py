@@ -14,8 +14,8 @@ from quantkit.errors import DataError, QuantkitError, RecipeError
 from quantkit.methods.recover import count_of
 from quantkit.pairing import Pair, check_vocabulary, window_length
 from quantkit.recipe import Step
+from quantkit.recovery.training import Schedule
 from quantkit.texts import Texts, tokenize
-from quantkit.training import Schedule
 
 BATCH_TOKENS = 2048
 """Windows that go through the model at once hold this many tokens, unless `batch_size` says otherwise."""

@@ -13,7 +13,7 @@ from torch import nn
 from quantkit.checkpoint import is_usual_linear
 from quantkit.errors import QuantkitError
 from quantkit.linears import linear_modules
-from quantkit.zeros import Masks
+from quantkit.recovery.zeros import Masks
 
 ALPHA = 2
 """LoRA's alpha over its rank."""

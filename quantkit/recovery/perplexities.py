@@ -10,8 +10,8 @@ from quantkit.errors import DataError
 from quantkit.evaluation import check_text, evaluate
 from quantkit.journal import read_whole, write_whole
 from quantkit.pairing import tokenizer_for
+from quantkit.recovery.trained import report_before
 from quantkit.texts import Texts
-from quantkit.trained import report_before
 
 
 class Perplexities:

@@ -18,10 +18,10 @@ from quantkit.outcome import PrunedReport
 from quantkit.pipeline import RECIPE_FILE, copy_files
 from quantkit.recipe import Recipe, Step, load_recipe
 from quantkit.recovered import Recovered
+from quantkit.recovery.zeros import Masks
 from quantkit.report import PACKAGES, REPORT_FILE, Report
 from quantkit.shards import ShardReader, ShardWriter
 from quantkit.version import __version__
-from quantkit.zeros import Masks
 
 
 def write_trained(folder: Path, source: Source, model: nn.Module, zeros: Masks, recipe: Recipe, limit: int) -> int:

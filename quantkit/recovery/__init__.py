@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from quantkit import adapters
 from quantkit.checkpoint import Hub, Source, decoder_blocks
 from quantkit.durable import write_text
 from quantkit.errors import DataError, QuantkitError, RecipeError
@@ -24,16 +23,14 @@ from quantkit.memory import peak_memory_bytes, resident_memory_bytes
 from quantkit.methods.recover import count_of
 from quantkit.output import partial_folder, partial_of, refuse_existing, refuse_full_disk
 from quantkit.pairing import baseline_hub, folder_of, position_errors, tokenizer_for, vocabulary
-from quantkit.perplexities import Perplexities
 from quantkit.pipeline import parse_size
 from quantkit.recipe import Recipe, Step
 from quantkit.recovered import Recovered
-from quantkit.recovery_inputs import open_float, place_of_training, schedule_of, step_of, training_windows
-from quantkit.report import Report, model_card, write_report
-from quantkit.runlog import RunLog, log_path
-from quantkit.shards import ShardReader
-from quantkit.texts import read
-from quantkit.trainable import (
+from quantkit.recovery import adapters
+from quantkit.recovery.inputs import open_float, place_of_training, schedule_of, step_of, training_windows
+from quantkit.recovery.perplexities import Perplexities
+from quantkit.recovery.progress import TrainingProgress
+from quantkit.recovery.trainable import (
     Trainable,
     activation_bytes,
     memory_of_training,
@@ -42,9 +39,12 @@ from quantkit.trainable import (
     told_memory,
     trainable,
 )
-from quantkit.trained import pruned_in, recipe_with, report_before, report_of, write_trained
-from quantkit.training import Keeper, Schedule, State, Training, curve
-from quantkit.training_progress import TrainingProgress
+from quantkit.recovery.trained import pruned_in, recipe_with, report_before, report_of, write_trained
+from quantkit.recovery.training import Keeper, Schedule, State, Training, curve
+from quantkit.report import Report, model_card, write_report
+from quantkit.runlog import RunLog, log_path
+from quantkit.shards import ShardReader
+from quantkit.texts import read
 from quantkit.version import __version__
 
 LONGEST_WAIT = timedelta(days=7)

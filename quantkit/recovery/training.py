@@ -25,9 +25,9 @@ from torch import nn
 
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.journal import read_whole, write_whole
+from quantkit.recovery.signals import Patience
+from quantkit.recovery.zeros import Masks
 from quantkit.shards import checksum, is_whole, read_tensors, write_tensors
-from quantkit.signals import Patience
-from quantkit.zeros import Masks
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit import adapters
 from quantkit.checkpoint import Source, output_head
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.footprint import MARGIN, RUNTIME
 from quantkit.linears import linear_modules
 from quantkit.memory import resident_memory_bytes
-from quantkit.zeros import Masks
+from quantkit.recovery import adapters
+from quantkit.recovery.zeros import Masks
 
 FLOAT = 4
 """Bytes of a number in float32."""

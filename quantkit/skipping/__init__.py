@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from quantkit import activations
 from quantkit.activations import Adapted, adapt
-from quantkit.gating import Parts, gated_parts, leaves_zeros
 from quantkit.linears import linear_orientation
 from quantkit.modules import QuantizedLinear
+from quantkit.skipping.gating import Parts, gated_parts, leaves_zeros
 
 LEAST = 0.25
 """The smallest share of zeros in a layer's input that is worth looking for them."""
