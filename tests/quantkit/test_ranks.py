@@ -75,7 +75,7 @@ def test_a_process_alone_exchanges_nothing():
     ALONE.agree("thing", 1)
 
 
-@pytest.mark.parametrize("largest", [30_000, 400_000])
+@pytest.mark.parametrize("largest", [21_000, 40_000, 400_000])
 @pytest.mark.parametrize("steps", [["w8a8"], ["int4:group=channel"], ["sparse24:criterion=magnitude", "int8"]])
 @pytest.mark.parametrize("name", ["llama_unused", "mixtral", "gpt2"])
 def test_units_end_where_one_process_has_nothing_left_to_write(tmp_path, monkeypatch, name, steps, largest):
