@@ -208,14 +208,10 @@ class QuantizedLinear(nn.Module):
 
     def _reordered_for(self, x: torch.Tensor) -> Decoded | None:
         """4-bit codes in the order of a CPU's kernel, made once and kept; None where it takes no such x, or layer."""
-        few = 0 < x.numel() <= cpu_int4.TOKENS * self.in_features
-        taken = (
-            self.scheme.weight_dtype == "int4"
-            and self.backend != "triton"
-            and x.dtype == torch.bfloat16
-            and x.device.type == "cpu"
-        )
-        if not (few and taken and is_plain_call(x, self.bias)):
+        taken = self.scheme.weight_dtype == "int4" and self.backend != "triton" and x.dtype == torch.bfloat16
+        if not (taken and is_plain_call(x, self.bias)):  # first of all: a compiler is not to ask how many tokens
+            return None
+        if not 0 < x.numel() <= cpu_int4.TOKENS * self.in_features:
             return None
         scale = self._by_row(self.get_buffer("weight_scale"))
         if cpu_int4.group_size(self.out_features, self.in_features, scale) is None:

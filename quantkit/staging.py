@@ -62,6 +62,14 @@ def quantize(model: str | Path | nn.Module, output: str | Path, **words: Any) ->
     return _Staged(model, refuse_existing(output), recipe, _bound(words)).run()
 
 
+quantize.__signature__ = WORDS.replace(  # type: ignore[attr-defined]
+    parameters=[
+        *WORDS.parameters.values(),
+        inspect.Parameter("recover", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | int | None"),
+    ]
+)
+
+
 def _bound(words: Mapping[str, Any]) -> dict[str, Any]:
     """All words of `pipeline.quantize`, defaults filled in."""
     bound = WORDS.bind("", "", **words)

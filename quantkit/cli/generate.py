@@ -2,7 +2,7 @@
 
 import click
 
-from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options, say
+from quantkit.cli.options import CONTEXT, backend_option, device_option, hub_options, note, say
 
 
 @click.command("generate", context_settings=CONTEXT)
@@ -59,7 +59,7 @@ def command(
         backend=backend,
         skip_zeros=skip_zeros,
         reuse_neurons=reuse_neurons,
-        tell=lambda line: click.echo(line, err=True),
+        tell=note,
         hub=hub,
     )
     say(text)

@@ -120,6 +120,12 @@ def say(text: str) -> None:
         click.echo(printable(text, keep="\n\t"))
 
 
+def note(text: str) -> None:
+    """Print a line on stderr, as `say` prints a result on stdout."""
+    if not is_silent():
+        click.echo(printable(text), err=True)
+
+
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda or cuda:N."
 )

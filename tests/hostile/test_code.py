@@ -1,5 +1,6 @@
 """Nothing of a checkpoint is executed: a canary file that would be written if something were."""
 
+import inspect
 import json
 import pickle
 
@@ -209,7 +210,7 @@ def test_an_adapter_is_refused(hostile_folder, canary, tmp_path):
 def test_remote_code_is_off_by_default():
     assert Hub().trust_remote_code is False
     for function in (load, load_tokenizer, quantize):
-        assert function.__kwdefaults__["trust_remote_code"] is False
+        assert inspect.signature(function).parameters["trust_remote_code"].default is False
 
 
 TOKENIZER_FILES = {

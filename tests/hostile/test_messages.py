@@ -173,9 +173,9 @@ def test_warnings_write_nothing_to_the_terminal(model_folder, tmp_path):
 
 def test_every_command_is_there_to_be_guarded():
     """No command prints past `say`: what they import is the only way to stdout."""
-    from quantkit.cli import bench, evaluate, generate, inspect, plan, push, quantize
+    from quantkit.cli import bench, convert, evaluate, generate, inspect, plan, push, quantize, recover, sparsity
 
-    for module in (bench, evaluate, generate, inspect, plan, push, quantize):
+    for module in (bench, convert, evaluate, generate, inspect, plan, push, quantize, recover, sparsity):
         assert "click.echo" not in module.__loader__.get_source(module.__name__), module.__name__
         assert module.command.name in main.commands
 

@@ -261,7 +261,7 @@ def test_a_sentence_is_one_line(mistake, model_folder, monkeypatch, tmp_path):
     def fail(*_, **__):
         raise QuantkitError("one\n  two")
 
-    monkeypatch.setattr("quantkit.pipeline.quantize", fail)
+    monkeypatch.setattr("quantkit.staging.quantize", fail)
     assert mistake("quantize", model_folder(), "-o", tmp_path / "out") == "Error: one two"
 
 

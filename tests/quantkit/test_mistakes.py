@@ -266,7 +266,10 @@ def test_nothing_to_quantize(refused, model_folder, no_read):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("-m", "gptq"), ("'gptq'", "smoothquant, sparse24, w8a8, int8, int4, llm-int8, fp8", "quantkit methods")),
+        (
+            ("-m", "gptq"),
+            ("'gptq'", "smoothquant, sparse24, relu, activation-threshold", "quantkit methods"),
+        ),
         (("-m", "int8:size=3"), ("'size'", "group, weight_range")),
         (("-m", "int8:group=64"), ("'64'", "group=channel|128")),
         (("-m", "int8:group"), ("'group'", "key=value")),
