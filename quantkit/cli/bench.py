@@ -36,7 +36,11 @@ MIB = 2**20
     show_default=True,
     help="The key-value cache; auto is static, and compiled, on a GPU where transformers offers it.",
 )
-@click.option("--keep-decoded", is_flag=True, help="On a CPU, keep weights that were decoded.")
+@click.option(
+    "--keep-decoded/--no-keep-decoded",
+    default=None,
+    help="On a CPU, keep weights that were decoded. [default: those that are packed without zeros]",
+)
 @click.option(
     "--attention",
     type=click.Choice(["auto", "transformers"]),
