@@ -1,6 +1,7 @@
 """A trained model is written as the checkpoint that it was made from: the same keys, dtypes and files."""
 
 import json
+import logging
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -22,6 +23,8 @@ from quantkit.recovery.zeros import Masks
 from quantkit.report import PACKAGES, REPORT_FILE, Report
 from quantkit.shards import ShardReader, ShardWriter
 from quantkit.version import __version__
+
+log = logging.getLogger("quantkit")
 
 
 def write_trained(folder: Path, source: Source, model: nn.Module, zeros: Masks, recipe: Recipe, limit: int) -> int:
@@ -98,8 +101,8 @@ def recipe_with(source: Source, step: Step, seed: int, data: Mapping[str, Any]) 
         record = {**data, **({"before": before.dataset} if before.dataset is not None else {})}
         try:
             return Recipe((*before.steps, step), before.include, before.ignore, seed, record)
-        except RecipeError:
-            pass
+        except RecipeError as error:
+            log.warning("the recipe that made %s is not carried over: %s", source.name, error)
     return Recipe((step,), seed=seed, dataset=dict(data))
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from quantkit_kernels import formats, generic
 from quantkit_kernels.configurations import architecture, configuration
+from quantkit_kernels.gpu import weight_only
 from quantkit_kernels.gpu.skipping_tiles import neurons_kernel, rows_kernel
-from quantkit_kernels.gpu.weight_only_tiles import sum_parts_kernel
 
 FEW_TOKENS = 16
 """The most tokens whose rows are read by themselves."""
@@ -35,9 +35,6 @@ MAX_PARTS = 32
 
 PROGRAMS = 4
 """Programs for each processor: what they load depends on x, and others must fill the time that one waits."""
-
-SUM_BLOCK = 512
-"""Out features of a token that one program adds up."""
 
 
 def launch(
@@ -97,18 +94,7 @@ def launch(
             num_stages=config["num_stages"],
         )
         if parts > 1:
-            sum_parts_kernel[(tokens, triton.cdiv(out_features, SUM_BLOCK))](
-                sums,
-                nothing if bias is None else bias,
-                out,
-                out_features,
-                sums.stride(0),
-                out.stride(0),
-                parts,
-                HAS_BIAS=bias is not None,
-                BLOCK=SUM_BLOCK,
-                num_warps=4,
-            )
+            weight_only.sum_parts(out, sums, bias)
 
 
 def launch_neurons(

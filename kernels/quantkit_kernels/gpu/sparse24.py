@@ -37,7 +37,6 @@ from quantkit_kernels.gpu import codes, cusparselt, sparse24_dense, units, weigh
 from quantkit_kernels.gpu.sparse24_tiles import sparse24_kernel
 from quantkit_kernels.gpu.sparse24_token import sparse24_token_kernel
 from quantkit_kernels.gpu.sparse24_units import Packed, tile_words, token_words
-from quantkit_kernels.gpu.weight_only_tiles import sum_parts_kernel
 
 TILE_TOKENS = 64
 """The most tokens that "tiles" is taken for: a tile or two. With more the weight would be made dense in registers again
@@ -88,10 +87,8 @@ def launch(out: Tensor, x: Tensor, weight: Packed, bias: Tensor | None, config: 
         dense_weight = dense(weight, x.dtype)
         if taken == "cusparselt":
             out.copy_(cusparselt.linear(x, dense_weight, bias))
-        elif bias is None:
-            torch.mm(x, dense_weight.t(), out=out)
         else:
-            torch.addmm(bias, x, dense_weight.t(), out=out)
+            weight_only.multiply_dense(out, x, dense_weight, bias)
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     # Triton launches on the current device; for CPU tensors (the interpreter) this changes nothing
@@ -273,18 +270,7 @@ def _launch_tiles(out: Tensor, x: Tensor, weight: Packed, bias: Tensor | None, c
         num_stages=config["num_stages"],
     )
     if parts > 1:
-        sum_parts_kernel[(tokens, triton.cdiv(out_features, weight_only.SUM_BLOCK))](
-            sums,
-            sums if bias is None else bias,
-            out,
-            out_features,
-            sums.stride(0),
-            out.stride(0),
-            parts,
-            HAS_BIAS=bias is not None,
-            BLOCK=weight_only.SUM_BLOCK,
-            num_warps=4,
-        )
+        weight_only.sum_parts(out, sums, bias)
 
 
 def _rows_of_tile(weight: Packed, block_n: int) -> int:

@@ -100,11 +100,7 @@ def launch(
         weight_scale = weight_scale.float()
     taken = way(x, weight, weight_scale, bits)
     if taken == "whole":
-        decoded = dequantize.dequantize(weight, weight_scale, x.dtype, bits, x.shape[1]).t()
-        if bias is None:
-            torch.mm(x, decoded, out=out)
-        else:
-            torch.addmm(bias, x, decoded, out=out)
+        multiply_dense(out, x, dequantize.dequantize(weight, weight_scale, x.dtype, bits, x.shape[1]), bias)
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     # Triton launches on the current device; for CPU tensors (the interpreter) this changes nothing
@@ -224,18 +220,32 @@ def _launch_tiles(
         num_stages=config["num_stages"],
     )
     if parts > 1:
-        sum_parts_kernel[(tokens, triton.cdiv(out_features, SUM_BLOCK))](
-            sums,
-            weight_scale if bias is None else bias,
-            out,
-            out_features,
-            sums.stride(0),
-            out.stride(0),
-            parts,
-            HAS_BIAS=bias is not None,
-            BLOCK=SUM_BLOCK,
-            num_warps=4,
-        )
+        sum_parts(out, sums, bias)
+
+
+def multiply_dense(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write x @ weight.T + bias into `out` [M, N] by the library's product: all of one dtype, weight [N, K]."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def sum_parts(out: Tensor, sums: Tensor, bias: Tensor | None) -> None:
+    """Write the sum of parts [S, M, N], contiguous, in float32, one after the other, + bias [N] into `out` [M, N]."""
+    parts, tokens, out_features = sums.shape
+    sum_parts_kernel[(tokens, triton.cdiv(out_features, SUM_BLOCK))](
+        sums,
+        sums if bias is None else bias,
+        out,
+        out_features,
+        sums.stride(0),
+        out.stride(0),
+        parts,
+        HAS_BIAS=bias is not None,
+        BLOCK=SUM_BLOCK,
+        num_warps=4,
+    )
 
 
 def scales_and_depth(group: int, groups: int, per_unit: int, block_k: int) -> tuple[str, int]:
