@@ -218,7 +218,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, Decoded):
-            yield value.weight
+            yield from (value.weight, value.scale)
         elif isinstance(value, dict):
             yield from _tensors(list(value.values()))
         elif isinstance(value, (list, tuple)):
